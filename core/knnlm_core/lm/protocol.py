@@ -1,0 +1,115 @@
+"""The seam between knnlm and a language model runtime.
+
+A runtime owns its sequences (their KV cache is its own business) and answers, for the rows it is asked for, with the
+datastore key and the hidden state of that row; the output head is applied separately, to chosen rows, in chunks.
+Nothing here knows of datastores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from knnlm_core.types import LMIdentity
+
+SequenceId = int
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """New tokens of one sequence, to be appended at its end.
+
+    Attributes:
+        sequence: as returned by `CausalLM.allocate` or `CausalLM.copy`.
+        tokens: the new token ids, at least one.
+        rows: how many of the *last* new tokens to return rows for; 0 for a prefill chunk that nobody looks at.
+    """
+
+    sequence: SequenceId
+    tokens: Sequence[int]
+    rows: int = 1
+
+
+class Rows(NamedTuple):
+    """Rows of a forward pass, in the order in which they were asked for."""
+
+    keys: Tensor  # (R, D) float32, the datastore keys
+    hidden: Tensor  # (R, H) the head's input, in the model's own dtype
+
+
+class CausalLM(Protocol):
+    """A causal language model that serves many sequences at once.
+
+    Not thread-safe: one thread at a time may call it.
+    """
+
+    @property
+    def identity(self) -> LMIdentity:
+        """Which LM this is; what datastores are checked against."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that one sequence may hold, prompt and completion together."""
+        ...
+
+    @property
+    def num_free_sequences(self) -> int:
+        """How many more sequences can be allocated now."""
+        ...
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences can be held at once."""
+        ...
+
+    def allocate(self) -> SequenceId:
+        """Start an empty sequence. Raises Overloaded when none is free."""
+        ...
+
+    def forward(self, batch: Sequence[Span]) -> Rows:
+        """Append each span to its sequence and return the rows asked for, span after span.
+
+        Raises: PromptTooLong: a sequence would exceed `max_length`; then nothing was appended.
+        """
+        ...
+
+    def length(self, sequence: SequenceId) -> int:
+        """Tokens that the sequence holds."""
+        ...
+
+    def rewind(self, sequence: SequenceId, length: int) -> None:
+        """Forget the sequence's tokens from position ``length`` on."""
+        ...
+
+    def copy(self, sequence: SequenceId) -> SequenceId:
+        """Fork a sequence: the copy holds the same tokens. Raises Overloaded when none is free."""
+        ...
+
+    def free(self, sequence: SequenceId) -> None:
+        """Give the sequence back; its id may be reused."""
+        ...
+
+    def encode(self, windows: Sequence[Sequence[int]], first_rows: Sequence[int]) -> Rows:
+        """Run whole windows without a cache: the path of building and scoring.
+
+        Args:
+            windows: token ids, each at most `max_length` long.
+            first_rows: per window, the first position whose row is wanted; all later ones follow.
+        Returns: Σ (len(window) − first_row) rows, window after window.
+        """
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Apply the model's own output head: (R, H) → (R, V) float32.
+
+        The caller bounds R; `log_probs_of_targets` does so for many rows.
+        """
+        ...
+
+    def close(self) -> None:
+        """Remove the key tap and release the KV cache."""
+        ...

@@ -1,0 +1,1 @@
+"""Offline builder: text in, published datastore out."""

@@ -1,0 +1,1 @@
+"""Online server: continuous batching over a language model and swappable datastores."""
