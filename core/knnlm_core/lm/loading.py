@@ -1,0 +1,124 @@
+"""From what a user types after ``--model`` to a running LM."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from knnlm_core.errors import InvalidParameter, ModelLoadError, ModelNotFound
+from knnlm_core.lm.gguf import load_gguf
+from knnlm_core.lm.huggingface import HuggingFaceLM
+from knnlm_core.lm.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How to load a model.
+
+    Attributes:
+        dtype: ``auto`` (float32 on a CPU, bfloat16 on a GPU), ``float32``, ``bfloat16`` or ``float16``.
+        device: ``auto``, ``cpu`` or a CUDA device.
+        key_tap, max_length, max_sequences, kv_cache_bytes: see `HuggingFaceLM`.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    key_tap: str | None = None
+    max_length: int | None = None
+    max_sequences: int = 0
+    kv_cache_bytes: int = 4 << 30
+
+
+def load_lm(model: str, options: LoadOptions | None = None) -> HuggingFaceLM:
+    """Load a causal LM from a hub id, a local folder or a GGUF file.
+
+    Raises:
+        ModelNotFound: no such path, or the hub has no such id or cannot be reached.
+        ModelLoadError: the files are there but do not load.
+        UnsupportedModel: it loads, but a check of the adapter fails.
+    """
+    options = options or LoadOptions()
+    device = _device(options.device)
+    dtype = _dtype(options.dtype, device)
+    with warnings.catch_warnings():
+        # Libraries' own deprecations while loading are not the user's to mend.
+        warnings.simplefilter("ignore")
+        raw_model, raw_tokenizer = _load(model, dtype)
+    raw_model.eval().requires_grad_(False).to(device)
+    lm = HuggingFaceLM(
+        raw_model,
+        Tokenizer(raw_tokenizer),
+        name=model_name(model),
+        key_tap=options.key_tap,
+        max_length=options.max_length,
+        max_sequences=options.max_sequences,
+        kv_cache_bytes=options.kv_cache_bytes,
+    )
+    logger.info(
+        "model loaded name=%s dtype=%s device=%s key_tap=%s sequences=%d fingerprint=%s",
+        lm.identity.model_name, dtype, device, lm.identity.key_tap, lm.num_sequences, lm.identity.model_fingerprint,
+    )  # fmt: skip
+    return lm
+
+
+def model_name(model: str) -> str:
+    """The name under which a model is served unless told otherwise: its last path component."""
+    path = Path(model)
+    return path.stem if path.suffix == ".gguf" else path.resolve().name if path.exists() else path.name
+
+
+def _load(model: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelLoadError(f"{path} is a file but not a .gguf; give a folder, a hub id or a GGUF file")
+        return load_gguf(path, dtype)
+    if path.is_dir():
+        return _from_pretrained(str(path), dtype)
+    if not _HUB_ID.match(model) or model.endswith(".gguf"):
+        raise ModelNotFound(f"there is no model at {model!r}: no such folder or file, and not a hub id", param="model")
+    return _from_pretrained(model, dtype)
+
+
+def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        return model, AutoTokenizer.from_pretrained(source)
+    except OSError as error:
+        # transformers raises OSError both for a missing file and for a hub that has no such id or does not answer
+        first_line = str(error).strip().splitlines()[0]
+        raise ModelNotFound(f"model {source!r} cannot be read: {first_line}", param="model") from error
+    except (ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelLoadError(f"model {source!r} does not load: {error}", param="model") from error
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InvalidParameter(f"`device` must be auto, cpu or cuda[:N], got {name!r}", param="device") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidParameter(f"`device` is {name!r}, but torch finds no CUDA device here", param="device")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in _DTYPES:
+        raise InvalidParameter(f"`dtype` must be auto, {', '.join(_DTYPES)}; got {name!r}", param="dtype")
+    return _DTYPES[name]

@@ -1,0 +1,56 @@
+"""Checks made once at load: the adapter's answers are the model's own, or the model is refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from knnlm_core.errors import UnsupportedModel
+from knnlm_core.lm.protocol import Span
+
+if TYPE_CHECKING:
+    from knnlm_core.lm.huggingface import HuggingFaceLM
+
+_LENGTH = 24
+# Allowed difference relative to the spread of the logits, by how precise the weights are.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+
+
+@torch.inference_mode()
+def check_adapter(lm: HuggingFaceLM, model: Any) -> tuple[int, int]:
+    """Compare head, window path and slot path with ``model(ids).logits``.
+
+    Returns: key dimension and vocabulary size.
+    Raises: UnsupportedModel: naming the check that fails and by how much.
+    """
+    device = next(model.parameters()).device
+    vocab = model.get_input_embeddings().num_embeddings
+    # A fixed walk through the vocabulary: no two tokens alike, the same on every machine.
+    ids = [(7919 * (i + 1)) % min(vocab, 50_000) for i in range(_LENGTH)]
+    expected = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].float()
+
+    rows = lm.encode([ids], [0])
+    _compare("output head", lm.logits(rows.hidden), expected, model)
+    if not torch.isfinite(rows.keys).all():
+        raise UnsupportedModel(f"model_type {model.config.model_type!r}: the key tap gives non-finite keys")
+    if lm.num_sequences:
+        # In ragged pieces: prefill, a second chunk, single tokens.
+        sequence = lm.allocate()
+        cuts = [0, 9, 17, 18, 19, _LENGTH]
+        pieces = [lm.forward([Span(sequence, ids[a:b], rows=b - a)]) for a, b in zip(cuts, cuts[1:], strict=False)]
+        lm.free(sequence)
+        _compare("slot cache", lm.logits(torch.cat([p.hidden for p in pieces])), expected, model)
+        _compare("key tap", torch.cat([p.keys for p in pieces]), rows.keys, model)
+    return rows.keys.shape[1], expected.shape[1]
+
+
+def _compare(what: str, have: Tensor, need: Tensor, model: Any) -> None:
+    error = (have - need).abs().max().item()
+    limit = _TOLERANCE[model.dtype] * max(1.0, need.std().item() * 4)
+    if not error <= limit:
+        raise UnsupportedModel(
+            f"model_type {model.config.model_type!r}: {what} differs from the model's own forward pass by {error:.3g}, "
+            f"at most {limit:.3g} is allowed"
+        )

@@ -1,0 +1,130 @@
+"""A KV cache of preallocated slots, one per sequence, behind transformers' `Cache` interface.
+
+Each layer holds (slots, heads, capacity + 1, head size). A forward pass over B rows writes every new token at its own
+position of its row's slot and attends over the slots' first `kv_length` positions:
+
+    slot 0   [k k k k k k W . . . . | s]      W  written by this pass, at position length(sequence)
+    slot 1   [k k k W . . . . . . . | s]      .  free, masked
+    slot 2   [idle                  | s]      s  scratch: where padding and idle rows write
+
+Rewinding a sequence is moving its length back: what lies behind it is masked and will be overwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+@dataclass(frozen=True, slots=True)
+class WritePlan:
+    """Where the rows of the pass under way live.
+
+    Attributes:
+        slots: a slice of neighbouring slots (no copy) or a tensor of slot ids (a gathered copy).
+        slot_ids: (B, 1) int64, the slot of each row.
+        positions: (B, T) int64, where each new token is written.
+        kv_length: how many positions attention looks at.
+    """
+
+    slots: slice | Tensor
+    slot_ids: Tensor
+    positions: Tensor
+    kv_length: int
+
+
+class _SlotLayer(CacheLayerMixin):
+    """One layer's slots; transformers calls `update` from inside its attention module."""
+
+    is_sliding = False
+
+    def __init__(self, cache: SlotCache, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        heads, size = shape
+        self._cache = cache
+        # torch.zeros maps pages lazily on a CPU: memory is used as sequences grow, not at start.
+        full = (cache.num_slots, heads, cache.capacity + 1, size)
+        self.keys = torch.zeros(full, dtype=dtype, device=device)
+        self.values = torch.zeros(full, dtype=dtype, device=device)
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise AssertionError("slots are allocated at construction")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        plan = self._cache.plan
+        assert plan is not None, "forward without a write plan. This is a bug."
+        # (B, 1) × (B, T) index pairs address (B, T, heads, size)
+        self.keys[plan.slot_ids, :, plan.positions] = key_states.transpose(1, 2)
+        self.values[plan.slot_ids, :, plan.positions] = value_states.transpose(1, 2)
+        return self.keys[plan.slots, :, : plan.kv_length], self.values[plan.slots, :, : plan.kv_length]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        plan = self._cache.plan
+        assert plan is not None
+        return plan.kv_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0  # positions are always passed explicitly
+
+    def get_max_length(self) -> int:
+        return self._cache.capacity
+
+
+class SlotCache(Cache):
+    """Slots for `num_slots` sequences of up to `capacity` tokens.
+
+    Args:
+        layer_shapes: per layer (KV heads, head size).
+    """
+
+    def __init__(
+        self,
+        layer_shapes: Sequence[tuple[int, int]],
+        *,
+        num_slots: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_slots = num_slots
+        self.capacity = capacity
+        self.plan: WritePlan | None = None
+        super().__init__(layers=[_SlotLayer(self, shape, dtype, device) for shape in layer_shapes])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes reserved for keys and values of all layers."""
+        return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in self.layers)
+
+    def plan_rows(self, slot_ids: Sequence[int], lengths: Sequence[int], num_new: Sequence[int]) -> WritePlan:
+        """Plan a pass that appends ``num_new[i]`` tokens to slot ``slot_ids[i]``, which holds ``lengths[i]``.
+
+        Rows shorter than the widest are padded: their padding writes to the scratch position.
+        """
+        device = self.layers[0].keys.device
+        width = max(num_new)
+        starts = torch.tensor(lengths, device=device)[:, None]  # (B, 1)
+        offsets = torch.arange(width, device=device)[None]  # (1, T)
+        counts = torch.tensor(num_new, device=device)[:, None]
+        positions = torch.where(offsets < counts, starts + offsets, self.capacity)
+        ids = torch.tensor(slot_ids, device=device)
+        first, last = min(slot_ids), max(slot_ids)
+        in_order = list(slot_ids) == list(range(first, last + 1))
+        return WritePlan(
+            slots=slice(first, last + 1) if in_order else ids,
+            slot_ids=ids[:, None],
+            positions=positions,
+            kv_length=max(length + new for length, new in zip(lengths, num_new, strict=True)),
+        )
+
+    def copy_slot(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` positions of one slot to another, in every layer."""
+        for layer in self.layers:
+            layer.keys[target, :, :length] = layer.keys[source, :, :length]
+            layer.values[target, :, :length] = layer.values[source, :, :length]
