@@ -31,7 +31,8 @@ _VOLATILE = {
 
 # Awkward text whose token ids pin down normalisation, pre-tokenisation and merges.
 _PROBES = (
-    "The quick brown fox, it's 1234567.89 — naïve café\tΩ≈ç√ 你好，世界 🙂👩‍👩‍👧 \n\n    def f(x):\r\n\treturn x**2  # π",
+    "The quick brown fox, it's 1234567.89 — naïve café\tΩ≈ç√ 你好，世界 🙂👩\u200d👧 \n\n",
+    "    def f(x):\r\n\treturn x**2  # π",
     " leading space",
     "trailing space ",
     "ALL CAPS and camelCase_snake-kebab/path\\back",

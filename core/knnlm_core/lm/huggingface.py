@@ -19,6 +19,7 @@ from knnlm_core.lm.slot_cache import SlotCache
 from knnlm_core.lm.tokenizer import Tokenizer
 from knnlm_core.types import LMIdentity
 
+DEFAULT_MAX_LENGTH = 8192  # a slot is reserved whole: the longest contexts must be asked for
 _MAX_PADDING = 1.25  # padded tokens per real token in one pass
 
 
@@ -30,7 +31,7 @@ class HuggingFaceLM:
         tokenizer: the model's own.
         name: for people; the last component of where it was loaded from.
         key_tap: a tap by name, or None for the family's own.
-        max_length: tokens per sequence; None for the model's maximum.
+        max_length: tokens per sequence; None for the model's maximum, but at most DEFAULT_MAX_LENGTH.
         max_sequences: sequences held at once; 0 for a model that only encodes.
         kv_cache_bytes: bound on the KV cache, which may lower the number of sequences.
     Raises:
@@ -98,7 +99,7 @@ class HuggingFaceLM:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the weights are held in."""
-        return self._model.dtype  # type: ignore[no-any-return]
+        return self._model.dtype
 
     # -- sequences ---------------------------------------------------------------------------------------------------
 
@@ -116,9 +117,7 @@ class HuggingFaceLM:
 
     def rewind(self, sequence: SequenceId, length: int) -> None:
         if not 0 <= length <= self._lengths[sequence]:
-            raise InvalidParameter(
-                f"`length` must be in 0 … {self._lengths[sequence]}, got {length}", param="length"
-            )
+            raise InvalidParameter(f"`length` must be in 0 … {self._lengths[sequence]}, got {length}", param="length")
         self._lengths[sequence] = length
 
     def copy(self, sequence: SequenceId) -> SequenceId:
@@ -235,7 +234,7 @@ def _check_max_length(config: Any, requested: int | None) -> int:
         raise InvalidParameter(
             f"`max_model_len` must be in 2 … {limit} (the model's context), got {requested}", param="max_model_len"
         )
-    return requested or limit
+    return requested or min(limit, DEFAULT_MAX_LENGTH)
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

@@ -3,8 +3,11 @@
 The key is the input of the last block's feed-forward module, after its norm (Khandelwal et al. 2020, table 5). In a
 *parallel* block the feed-forward does not see that block's attention, so there the key is the final hidden state:
 
-    sequential   x ── norm ─ attn ─ + ── norm ─┬─ ffn ─ +          parallel   x ─┬─ norm ─ attn ─┐
-                                               └ key: `ffn_input`                └─ norm ─ ffn ──+── norm ── key: `final_hidden`
+    sequential   x ── norm ─ attn ─ + ── norm ─┬─ ffn ─ +
+                                               └ key: `ffn_input`
+
+    parallel     x ─┬─ norm ─ attn ─┐
+                    └─ norm ─ ffn ──+── norm ── key: `final_hidden`
 """
 
 from __future__ import annotations
@@ -43,7 +46,9 @@ FAMILIES: dict[str, _Rule] = {
         ("llama", "mistral", "ministral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "smollm3", "granite"),
         _always(FFN_INPUT),
     ),
-    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "phi3", "starcoder2", "gpt2", "gpt_bigcode"), _always(FFN_INPUT)),
+    **dict.fromkeys(
+        ("gemma", "gemma2", "gemma3_text", "phi3", "starcoder2", "gpt2", "gpt_bigcode"), _always(FFN_INPUT)
+    ),
     **dict.fromkeys(("gptj", "codegen", "phi", "cohere", "cohere2"), _always(FINAL_HIDDEN)),
     "gpt_neox": _unless("use_parallel_residual", True),
     "stablelm": _unless("use_parallel_residual", False),
@@ -134,7 +139,7 @@ def _child(block: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
 
 @torch.inference_mode()
 def _probe(base_model: nn.Module, attention: nn.Module, tap: KeyTap, model_type: str) -> None:
-    """Silence the last block's attention for one short pass: the key must notice, else it is not what the paper means."""
+    """Silence the last block's attention for one short pass: a key worth the name must notice."""
     device = next(base_model.parameters()).device
     ids = torch.arange(6, device=device)[None] % base_model.get_input_embeddings().num_embeddings  # type: ignore[operator]
 

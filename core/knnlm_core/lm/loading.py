@@ -59,7 +59,7 @@ def load_lm(model: str, options: LoadOptions | None = None) -> HuggingFaceLM:
     raw_model.eval().requires_grad_(False).to(device)
     lm = HuggingFaceLM(
         raw_model,
-        Tokenizer(raw_tokenizer),
+        Tokenizer(raw_tokenizer, eos_token_ids=_eos_token_ids(raw_model)),
         name=model_name(model),
         key_tap=options.key_tap,
         max_length=options.max_length,
@@ -102,6 +102,12 @@ def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
         raise ModelNotFound(f"model {source!r} cannot be read: {first_line}", param="model") from error
     except (ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelLoadError(f"model {source!r} does not load: {error}", param="model") from error
+
+
+def _eos_token_ids(model: Any) -> tuple[int, ...]:
+    """Chat models end a turn with a token of their own, named in the generation config."""
+    eos = model.generation_config.eos_token_id if model.generation_config else None
+    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
 
 def _device(name: str) -> torch.device:

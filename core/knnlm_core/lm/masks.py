@@ -22,7 +22,9 @@ class MaskBuilder:
     def __init__(self, config: Any, dtype: torch.dtype) -> None:
         kinds = set(getattr(config, "layer_types", None) or ())
         if unknown := kinds - {FULL, SLIDING}:
-            raise UnsupportedModel(f"model_type {config.model_type!r}: attention of kind {sorted(unknown)} is not supported")
+            raise UnsupportedModel(
+                f"model_type {config.model_type!r}: attention of kind {sorted(unknown)} is not supported"
+            )
         window = getattr(config, "sliding_window", None)
         if not kinds:
             uses_window = window is not None and getattr(config, "use_sliding_window", True)

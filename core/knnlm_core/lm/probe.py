@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,7 +40,7 @@ def check_adapter(lm: HuggingFaceLM, model: Any) -> tuple[int, int]:
         # In ragged pieces: prefill, a second chunk, single tokens.
         sequence = lm.allocate()
         cuts = [0, 9, 17, 18, 19, _LENGTH]
-        pieces = [lm.forward([Span(sequence, ids[a:b], rows=b - a)]) for a, b in zip(cuts, cuts[1:], strict=False)]
+        pieces = [lm.forward([Span(sequence, ids[a:b], rows=b - a)]) for a, b in pairwise(cuts)]
         lm.free(sequence)
         _compare("slot cache", lm.logits(torch.cat([p.hidden for p in pieces])), expected, model)
         _compare("key tap", torch.cat([p.keys for p in pieces]), rows.keys, model)

@@ -38,7 +38,7 @@ class WritePlan:
     kv_length: int
 
 
-class _SlotLayer(CacheLayerMixin):
+class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's slots; transformers calls `update` from inside its attention module."""
 
     is_sliding = False
@@ -76,7 +76,7 @@ class _SlotLayer(CacheLayerMixin):
         return self._cache.capacity
 
 
-class SlotCache(Cache):
+class SlotCache(Cache):  # type: ignore[misc]
     """Slots for `num_slots` sequences of up to `capacity` tokens.
 
     Args:

@@ -20,9 +20,13 @@ class Encoding(NamedTuple):
 
 
 class Tokenizer:
-    """Wraps a Hugging Face fast tokenizer; adds nothing of its own to a text."""
+    """Wraps a Hugging Face fast tokenizer; adds nothing of its own to a text.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Args:
+        eos_token_ids: tokens that end a completion, besides the tokenizer's own EOS.
+    """
+
+    def __init__(self, tokenizer: Any, *, eos_token_ids: Sequence[int] = ()) -> None:
         if not tokenizer.is_fast:
             raise UnsupportedModel(
                 f"{type(tokenizer).__name__} has no character offsets; a fast tokenizer (tokenizer.json) is needed"
@@ -32,7 +36,7 @@ class Tokenizer:
         self.fingerprint = tokenizer_fingerprint(tokenizer)
         self.bos_token_ids = self._prefix()
         eos = tokenizer.eos_token_id
-        self.eos_token_ids: tuple[int, ...] = () if eos is None else (eos,)
+        self.eos_token_ids = tuple(sorted({*eos_token_ids, *(() if eos is None else (eos,))}))
 
     def _prefix(self) -> tuple[int, ...]:
         """What the tokenizer puts before a text when asked for special tokens."""
@@ -49,7 +53,7 @@ class Tokenizer:
     @property
     def chat_template(self) -> str | None:
         """The chat template's source, if the tokenizer has one."""
-        return self._tokenizer.chat_template  # type: ignore[no-any-return]
+        return self._tokenizer.chat_template
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Token ids of a text, with the tokenizer's own BOS first unless told otherwise."""

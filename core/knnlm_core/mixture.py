@@ -1,0 +1,150 @@
+"""The one place where language model and datastore meet: gate → search → distribution → interpolate."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from knnlm_core.errors import InvalidKnnParams
+from knnlm_core.knn.distribution import has_neighbors, knn_log_probs, target_log_probs
+from knnlm_core.knn.gates import Gate
+from knnlm_core.knn.interpolation import interpolate, interpolate_targets
+from knnlm_core.types import EntryRange, Neighbors
+
+MAX_K = 4096
+
+
+class Searchable(Protocol):
+    """What can be searched: a datastore in this process, or later one elsewhere."""
+
+    def search(self, queries: Tensor, k: int, *, exclude: Sequence[EntryRange] = ()) -> Neighbors:
+        """The k nearest entries of each query (B, D), nearest first, none of them excluded."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """How one row retrieves.
+
+    Attributes:
+        datastore: the snapshot that the row's request has leased.
+        k: neighbours per query, 1 … MAX_K.
+        knn_temperature: τ > 0, in units of squared distance.
+        lmbda: λ in [0, 1], weight of p_knn.
+        gate: when to search.
+        exclude: entries that must not be found, such as those of the document being scored.
+    """
+
+    datastore: Searchable
+    k: int
+    knn_temperature: float
+    lmbda: float
+    gate: Gate = Gate.ALWAYS
+    exclude: tuple[EntryRange, ...] = ()
+
+    def check(self) -> None:
+        """Raises InvalidKnnParams: naming the field, its limits and its value."""
+        if not 1 <= self.k <= MAX_K:
+            raise InvalidKnnParams(f"`knn.k` must be in 1 … {MAX_K}, got {self.k}", param="knn.k")
+        if not (0 < self.knn_temperature < math.inf):
+            raise InvalidKnnParams(
+                f"`knn.temperature` must be a finite number above 0, got {self.knn_temperature:g}",
+                param="knn.temperature",
+            )
+        if not 0 <= self.lmbda <= 1:
+            raise InvalidKnnParams(f"`knn.lambda` must be in 0 … 1, got {self.lmbda:g}", param="knn.lambda")
+
+
+class Found(NamedTuple):
+    """What was decided and found for the rows of a step."""
+
+    searched: Tensor  # (B,) bool
+    lmbda: Tensor  # (B,) float32, the λ applied; 0 where nothing was searched or found
+    neighbors: Neighbors  # (B, K), all missing where nothing was searched
+    knn_temperature: Tensor  # (B,) float32
+
+
+class MixedRows(NamedTuple):
+    """Log-probabilities of the mixture and how they came about."""
+
+    log_probs: Tensor  # (B, V) float32
+    found: Found
+
+
+class MixedTargets(NamedTuple):
+    """`MixedRows` for one known token per row."""
+
+    log_probs: Tensor  # (B,) float32
+    found: Found
+
+
+def find(keys: Tensor, retrievals: Sequence[Retrieval | None]) -> Found:
+    """Gate and search: one call per snapshot and exclusion for all the rows that share them.
+
+    Args:
+        keys: (B, D) float32.
+        retrievals: per row, None for a row of the plain LM.
+    """
+    groups: defaultdict[tuple[int, tuple[EntryRange, ...]], list[int]] = defaultdict(list)
+    for row, retrieval in enumerate(retrievals):
+        if retrieval is not None and retrieval.gate is Gate.ALWAYS:
+            groups[id(retrieval.datastore), retrieval.exclude].append(row)
+    device, batch = keys.device, len(retrievals)
+    searched_rows = [row for rows in groups.values() for row in rows]
+    ks = torch.tensor([r.k if r else 0 for r in retrievals], device=device)
+    width = max((retrievals[row].k for row in searched_rows), default=1)  # type: ignore[union-attr]
+    neighbors = Neighbors(
+        torch.full((batch, width), -1, dtype=torch.int64, device=device),
+        torch.full((batch, width), math.inf, device=device),
+        torch.full((batch, width), -1, dtype=torch.int64, device=device),
+    )
+    for (_, exclude), rows in groups.items():
+        retrieval = retrievals[rows[0]]
+        assert retrieval is not None
+        k = int(ks[rows].max())
+        for into, part in zip(neighbors, retrieval.datastore.search(keys[rows], k, exclude=exclude), strict=True):
+            into[rows, :k] = part.to(device)
+    # A row that asked for fewer neighbours than its group sees only its own.
+    beyond = torch.arange(width, device=device)[None] >= ks[:, None]
+    neighbors.entry_ids[beyond] = -1
+
+    searched = torch.zeros(batch, dtype=torch.bool, device=device)
+    searched[searched_rows] = True
+    lmbda = torch.tensor([r.lmbda if r else 0.0 for r in retrievals], device=device)
+    tau = torch.tensor([r.knn_temperature if r else 1.0 for r in retrievals], device=device)
+    return Found(searched, torch.where(has_neighbors(neighbors), lmbda, 0.0), neighbors, tau)
+
+
+def mix_rows(lm_log_probs: Tensor, keys: Tensor, retrievals: Sequence[Retrieval | None]) -> MixedRows:
+    """The mixture's whole distribution for each row, as generation needs it.
+
+    Args:
+        lm_log_probs: (B, V) float32, log-softmaxed.
+        keys: (B, D) float32.
+    """
+    found = find(keys, retrievals)
+    if not bool((found.lmbda > 0).any()):
+        return MixedRows(lm_log_probs, found)
+    sparse = knn_log_probs(found.neighbors, knn_temperature=found.knn_temperature)
+    return MixedRows(interpolate(lm_log_probs, sparse, found.lmbda), found)
+
+
+def mix_targets(
+    lm_log_probs: Tensor, keys: Tensor, targets: Tensor, retrievals: Sequence[Retrieval | None]
+) -> MixedTargets:
+    """The mixture's log-probability of one known token per row, as scoring needs it.
+
+    Args:
+        lm_log_probs: (B,) float32, the LM's log-probability of each target.
+        keys: (B, D) float32.
+        targets: (B,) int64.
+    """
+    found = find(keys, retrievals)
+    knn = target_log_probs(found.neighbors, targets, knn_temperature=found.knn_temperature)
+    return MixedTargets(interpolate_targets(lm_log_probs, knn, found.lmbda), found)

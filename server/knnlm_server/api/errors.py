@@ -1,0 +1,114 @@
+"""One table from error class to HTTP status, and one body shape for every error."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from knnlm_core import errors as e
+
+logger = logging.getLogger(__name__)
+
+# The narrowest class listed wins. Type is OpenAI's word for the kind of error.
+STATUS: dict[type[e.KnnlmError], tuple[int, str]] = {
+    e.KnnlmError: (500, "internal_server_error"),
+    e.InvalidRequest: (400, "invalid_request_error"),
+    e.PayloadTooLarge: (413, "invalid_request_error"),
+    e.Unauthorized: (401, "authentication_error"),
+    e.Forbidden: (403, "permission_error"),
+    e.ModelNotFound: (404, "not_found_error"),
+    e.DatastoreNotFound: (404, "not_found_error"),
+    e.DatastoreMismatch: (409, "conflict_error"),
+    e.DatastoreCorrupt: (409, "conflict_error"),
+    e.DatastoreBusy: (409, "conflict_error"),
+    e.NotReady: (503, "service_unavailable_error"),
+    e.Overloaded: (503, "service_unavailable_error"),
+    e.ShuttingDown: (503, "service_unavailable_error"),
+    e.RequestCancelled: (499, "request_cancelled"),
+    e.EngineFailure: (500, "internal_server_error"),
+}
+
+_RETRY_AFTER_S = 1
+
+
+def status_of(error: e.KnnlmError) -> tuple[int, str]:
+    """HTTP status and type of an error."""
+    return next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)
+
+
+def error_body(error: e.KnnlmError) -> dict[str, Any]:
+    """``{"error": {message, type, param, code}}``; an internal error says nothing about the inside."""
+    status, kind = status_of(error)
+    message = "internal error" if status == 500 and not isinstance(error, e.EngineFailure) else error.message
+    return {"error": {"message": message, "type": kind, "param": error.param, "code": error.code}}
+
+
+def error_response(error: e.KnnlmError) -> JSONResponse:
+    """The answer for an error raised before any byte was sent."""
+    status, _ = status_of(error)
+    headers = {}
+    if status == 503:
+        headers["Retry-After"] = str(_RETRY_AFTER_S)
+    if status == 409:
+        # Clients retry 409 by themselves; a conflict about a datastore does not go away by asking again.
+        headers["x-should-retry"] = "false"
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error_body(error), status_code=status, headers=headers)
+
+
+def error_event(error: e.KnnlmError) -> str:
+    """The same body as a server-sent event, for a stream that has begun."""
+    return f"data: {json.dumps(error_body(error))}\n\n"
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Give every error of the app the one body shape."""
+    app.add_exception_handler(e.KnnlmError, _known)  # type: ignore[arg-type]
+    app.add_exception_handler(RequestValidationError, _invalid_body)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, _http)  # type: ignore[arg-type]
+    app.add_exception_handler(Exception, _unexpected)
+
+
+async def _known(request: Request, error: e.KnnlmError) -> JSONResponse:
+    return error_response(error)
+
+
+async def _invalid_body(request: Request, error: RequestValidationError) -> JSONResponse:
+    first = error.errors()[0]
+    location = [
+        str(part) for part in first["loc"] if part != "body" and not str(part).startswith(("list[", "str", "int"))
+    ]
+    field = ".".join(location) or None
+    given = (
+        ""
+        if field is None or isinstance(first.get("input"), (dict, list))
+        else f", got {str(first.get('input'))[:80]!r}"
+    )
+    message = f"`{field}`: {first['msg']}{given}" if field else str(first["msg"])
+    return error_response(e.InvalidParameter(message, param=field))
+
+
+_HTTP_CODES = {
+    404: ("not_found_error", "route_not_found"),
+    405: ("invalid_request_error", "method_not_allowed"),
+    415: ("invalid_request_error", "unsupported_media_type"),
+}
+
+
+async def _http(request: Request, error: HTTPException) -> JSONResponse:
+    kind, code = _HTTP_CODES.get(error.status_code, ("invalid_request_error", "invalid_request"))
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    logger.error("unexpected error path=%s", request.url.path, exc_info=error)
+    return error_response(e.KnnlmError("internal error"))

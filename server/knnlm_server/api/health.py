@@ -1,0 +1,48 @@
+"""Liveness, readiness and version; never behind a key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from knnlm_core import __version__
+from knnlm_core.errors import EngineFailure, ServiceError
+from knnlm_server.api.errors import error_response
+from knnlm_server.api.state import service
+
+router = APIRouter()
+
+
+@router.get("/health", summary="Liveness", response_model=None)
+async def health(request: Request) -> Response:
+    """200 while the process can work at all; 503 once the engine's thread has died or the start has failed."""
+    state = service(request)
+    dead = state.backend is not None and not state.backend.engine.is_alive
+    if dead or state.failure is not None:
+        reason = state.failure or "the engine's thread has died"
+        body = {
+            "error": {"message": reason, "type": "service_unavailable_error", "param": None, "code": EngineFailure.code}
+        }
+        return JSONResponse(body, status_code=503)
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/ready", summary="Readiness", response_model=None)
+async def ready(request: Request) -> Response:
+    """200 once a model can answer; until then 503 with the reason."""
+    try:
+        backend = service(request).require()
+    except ServiceError as error:
+        return error_response(error)
+    load = backend.engine.load()
+    return JSONResponse(
+        {"status": "ready", "model": backend.model_name, "datastores": backend.registry.names(), **load._asdict()}
+    )
+
+
+@router.get("/version", summary="Version", response_model=None)
+async def version() -> dict[str, Any]:
+    """The server's version."""
+    return {"version": __version__}

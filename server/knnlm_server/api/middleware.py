@@ -1,0 +1,83 @@
+"""Pure ASGI middleware: it must not hide a client's disconnect from the routes."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from knnlm_core.errors import PayloadTooLarge
+from knnlm_server.api.errors import error_response
+
+logger = logging.getLogger("knnlm_server.access")
+_REQUEST_ID = re.compile(r"^[\w.:-]{1,128}$")
+
+
+class RequestLog:
+    """Gives every request an id (the client's own, if it sent a sane one), echoes it, and logs one line."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if _REQUEST_ID.match(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = time.monotonic()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode("latin-1"))]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            # Probes come every few seconds and say nothing.
+            level = logging.DEBUG if scope["path"] in ("/health", "/ready") else logging.INFO
+            logger.log(
+                level, "request method=%s path=%s status=%d seconds=%.3f id=%s",
+                scope["method"], scope["path"], status, time.monotonic() - started, request_id,
+            )  # fmt: skip
+
+
+class BodyLimit:
+    """Refuses request bodies over a limit, announced or not, before they are held in memory."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        if announced.isdigit() and int(announced) > self._max_bytes:
+            await self._refuse(int(announced), scope, receive, send)
+            return
+        seen = 0
+
+        async def receive_counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            if message["type"] == "http.request":
+                seen += len(message.get("body", b""))
+                if seen > self._max_bytes:
+                    raise PayloadTooLarge(f"the request body must be at most {self._max_bytes} bytes, got more")
+            return message
+
+        await self._app(scope, receive_counted, send)
+
+    async def _refuse(self, size: int, scope: Scope, receive: Receive, send: Send) -> None:
+        error = PayloadTooLarge(f"the request body must be at most {self._max_bytes} bytes, got {size}")
+        await error_response(error)(scope, receive, send)

@@ -1,0 +1,47 @@
+"""``/v1/models``: the LM, and one entry per loaded datastore, as adapters are listed elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from knnlm_core.errors import ModelNotFound
+from knnlm_server.api.security import KeyRequired
+from knnlm_server.api.selection import SEPARATOR
+from knnlm_server.api.state import Backend, backend
+
+router = APIRouter(dependencies=[KeyRequired])
+
+
+@router.get("/v1/models", summary="List models", response_model=None)
+async def list_models(request: Request) -> dict[str, Any]:
+    """The base LM and its combinations with loaded datastores."""
+    return {"object": "list", "data": _cards(backend(request))}
+
+
+@router.get("/v1/models/{model}", summary="Describe a model", response_model=None)
+async def get_model(model: str, request: Request) -> dict[str, Any]:
+    """One of the models listed."""
+    for card in _cards(backend(request)):
+        if card["id"] == model:
+            return card
+    raise ModelNotFound(f"model {model!r} is not served here", param="model")
+
+
+def _cards(state: Backend) -> list[dict[str, Any]]:
+    base = _card(state, state.model_name, None)
+    return [base, *(_card(state, f"{state.model_name}{SEPARATOR}{name}", name) for name in state.registry.names())]
+
+
+def _card(state: Backend, model: str, datastore: str | None) -> dict[str, Any]:
+    return {
+        "id": model,
+        "object": "model",
+        "created": state.created,
+        "owned_by": "knnlm",
+        "root": state.model_name,
+        "parent": state.model_name if datastore is not None else None,
+        "max_model_len": state.lm.max_length,
+        "datastore": datastore,
+    }

@@ -1,0 +1,173 @@
+"""``POST /v1/score``: how well the base LM and the mixture predict given texts, side by side."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from fastapi import APIRouter, Request
+
+from knnlm_core.errors import InvalidParameter, KnnlmError
+from knnlm_core.windows import check_window
+from knnlm_server.api.disconnect import until_disconnect
+from knnlm_server.api.rendering import json_log_prob
+from knnlm_server.api.schemas import MAX_TEXTS, ScoreBody, TokenIds
+from knnlm_server.api.security import KeyRequired
+from knnlm_server.api.selection import Selection, select
+from knnlm_server.api.state import Backend, service
+from knnlm_server.engine.scoring import ScoreRequest, TokenScores
+
+router = APIRouter(dependencies=[KeyRequired])
+
+LN2 = math.log(2)
+
+
+@router.post("/v1/score", summary="Score texts", response_model=None)
+async def score(body: ScoreBody, request: Request) -> dict[str, Any]:
+    """Score each token of each text once, by rolling windows, with the base LM and with the mixture.
+
+    A document that is in the datastore must be excluded by its id, or it retrieves itself.
+    """
+    state = service(request)
+    body.log_unknown()
+    backend = state.require()
+    check_window(body.window, body.stride, backend.lm.max_length)
+    texts = [_tokenise(backend, text) for text in _checked_texts(body)]
+    selection = select(state, body.model, body.knn, body.exclude_documents)
+    scores = await until_disconnect(request, _run(backend, selection, texts, body, request.state.request_id))
+    return _render(backend, selection, texts, scores, body.per_token)
+
+
+class _Text(NamedTuple):
+    """A text ready to be scored."""
+
+    token_ids: list[int]
+    starts: list[int] | None  # character offset of each token, where the input was text
+    num_bytes: int  # UTF-8 bytes of the scored tokens
+
+
+async def _run(
+    backend: Backend, selection: Selection, texts: list[_Text], body: ScoreBody, request_id: str
+) -> dict[int, TokenScores]:
+    """Scores by position of the text; texts without a scored token are absent."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[KnnlmError | None] = loop.create_future()
+    scores: dict[int, TokenScores] = {}
+    scored = [index for index, text in enumerate(texts) if len(text.token_ids) > 1]
+    if not scored:
+        selection.release()
+        return scores
+
+    def settle(error: KnnlmError | None) -> None:
+        if not done.done():
+            done.set_result(error)
+
+    def ended(error: KnnlmError | None) -> None:
+        selection.release()
+        loop.call_soon_threadsafe(settle, error)
+
+    request = ScoreRequest(
+        request_id=request_id,
+        texts=[texts[index].token_ids for index in scored],
+        retrieval=selection.retrieval,
+        window=body.window,
+        stride=body.stride,
+        on_text=lambda position, result: scores.__setitem__(scored[position], result),
+        on_end=ended,
+    )
+    try:
+        backend.engine.submit(request)
+    except KnnlmError:
+        selection.release()
+        raise
+    try:
+        error = await done
+    finally:
+        backend.engine.abort(request)
+    if error is not None:
+        raise error
+    return scores
+
+
+def _checked_texts(body: ScoreBody) -> list[str | TokenIds]:
+    texts = body.texts()
+    if not 1 <= len(texts) <= MAX_TEXTS:
+        raise InvalidParameter(f"`input` must hold 1 … {MAX_TEXTS} texts, got {len(texts)}", param="input")
+    return texts
+
+
+def _tokenise(backend: Backend, text: str | TokenIds) -> _Text:
+    tokenizer = backend.tokenizer
+    if isinstance(text, str):
+        encoding = tokenizer.encode_with_spans(text)
+        starts = encoding.char_spans[:, 0].tolist()
+        first_scored = starts[1] if len(starts) > 1 else len(text)
+        return _Text(encoding.token_ids.tolist(), starts, len(text[first_scored:].encode()))
+    tokenizer.check_ids(text, backend.lm.identity.vocab_size, param="input")
+    num_bytes = len(tokenizer.decode(text).encode()) - len(tokenizer.decode(text[:1]).encode())
+    return _Text(text, None, max(0, num_bytes))
+
+
+def _render(
+    backend: Backend, selection: Selection, texts: list[_Text], scores: dict[int, TokenScores], per_token: bool
+) -> dict[str, Any]:
+    results = []
+    total = {"tokens": 0, "bytes": 0, "searched": 0, "base": 0.0, "mixed": 0.0}
+    for index, text in enumerate(texts):
+        found = scores.get(index)
+        # Summed in float64: a long text has many small terms.
+        sums = {
+            "tokens": 0 if found is None else len(found.base),
+            "bytes": 0 if found is None else text.num_bytes,
+            "searched": 0 if found is None else int(found.searched.sum()),
+            "base": 0.0 if found is None else -float(found.base.sum(dtype=np.float64)),
+            "mixed": 0.0 if found is None else -float(found.mixed.sum(dtype=np.float64)),
+        }
+        for name, value in sums.items():
+            total[name] += value
+        result = {"index": index, **_measures(sums)}
+        if per_token:
+            result["per_token"] = [] if found is None else _per_token(backend, selection, text, found)
+        results.append(result)
+    return {
+        "object": "score",
+        "model": selection.model,
+        "system_fingerprint": selection.system_fingerprint,
+        "results": results,
+        "total": _measures(total),
+    }
+
+
+def _measures(sums: dict[str, Any]) -> dict[str, Any]:
+    """Counts, and for base and mixed: nll in nats (summed), perplexity per token, bits per byte."""
+    tokens, num_bytes = sums["tokens"], sums["bytes"]
+
+    def of(nll: float) -> dict[str, float | None]:
+        return {
+            # JSON has no infinity: λ = 1 can give a token probability zero
+            "nll": nll if math.isfinite(nll) else None,
+            "perplexity": math.exp(min(nll / tokens, 700.0)) if tokens and math.isfinite(nll) else None,
+            "bits_per_byte": nll / LN2 / num_bytes if num_bytes and math.isfinite(nll) else None,
+        }
+
+    counts = {name: sums[name] for name in ("tokens", "bytes", "searched")}
+    return {**counts, "base": of(sums["base"]), "mixed": of(sums["mixed"])}
+
+
+def _per_token(backend: Backend, selection: Selection, text: _Text, found: TokenScores) -> list[dict[str, Any]]:
+    gate = selection.retrieval.gate.value if selection.retrieval is not None else "base"
+    columns = zip(text.token_ids[1:], found.base.tolist(), found.mixed.tolist(), found.lmbda.tolist(), strict=True)
+    return [
+        {
+            "id": token_id,
+            "token": backend.tokenizer.token_text(token_id),
+            "offset": text.starts[position] if text.starts is not None else None,
+            "base": json_log_prob(base),
+            "mixed": json_log_prob(mixed),
+            "lambda": lmbda,
+            "decision": gate,
+        }
+        for position, (token_id, base, mixed, lmbda) in enumerate(columns, start=1)
+    ]

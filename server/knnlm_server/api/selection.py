@@ -1,0 +1,114 @@
+"""Which model and datastore a request means, and how it retrieves: its own wishes over the store's calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from knnlm_core.errors import InvalidParameter, ModelNotFound
+from knnlm_core.knn.gates import parse_gate
+from knnlm_core.mixture import Retrieval
+from knnlm_core.types import EntryRange
+from knnlm_server.api.schemas import KnnBody
+from knnlm_server.api.state import Backend, Service
+from knnlm_server.registry.registry import Lease
+
+SEPARATOR = "@"
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What a request uses; whoever selects releases the lease."""
+
+    model: str  # as answers name it
+    lease: Lease | None
+    retrieval: Retrieval | None
+    system_fingerprint: str
+
+    def release(self) -> None:
+        """Give the lease back, if there is one."""
+        if self.lease is not None:
+            self.lease.release()
+
+
+def select(
+    service: Service, model: str | None, knn: KnnBody | None, exclude_documents: Sequence[str] = ()
+) -> Selection:
+    """Resolve ``model`` and ``knn`` to a leased datastore and its parameters.
+
+    Raises:
+        ModelNotFound: the LM's name is not the one served.
+        DatastoreNotFound: the datastore is not loaded, or holds no document of an excluded id.
+        InvalidParameter: ``model`` and ``knn.datastore`` disagree, or retrieval fields without a datastore.
+        InvalidKnnParams, UnsupportedFeature: a field of ``knn`` is out of bounds or not offered.
+    """
+    backend = service.require()
+    if knn is not None:
+        knn.refuse_unsupported()
+    name = _datastore_name(backend, model, knn, service.settings.default_datastore)
+    fingerprint = backend.lm.identity.model_fingerprint
+    if name is None:
+        _refuse_retrieval_fields(knn, exclude_documents)
+        return Selection(backend.model_name, None, None, fingerprint)
+    lease = backend.registry.lease(name)
+    try:
+        retrieval = _retrieval(lease, knn or KnnBody(), exclude_documents)
+    except BaseException:
+        lease.release()
+        raise
+    full_name = f"{backend.model_name}{SEPARATOR}{name}"
+    return Selection(full_name, lease, retrieval, f"{fingerprint}-{lease.label}")
+
+
+def _datastore_name(backend: Backend, model: str | None, knn: KnnBody | None, default: str | None) -> str | None:
+    lm, separator, by_model = (model or backend.model_name).partition(SEPARATOR)
+    if lm != backend.model_name:
+        raise ModelNotFound(f"model {lm!r} is not served here; served: {backend.model_name!r}", param="model")
+    if separator and not by_model:
+        raise ModelNotFound(f"model {model!r} names no datastore after {SEPARATOR!r}", param="model")
+    by_knn = knn.datastore if knn is not None else None
+    assert by_knn is None or isinstance(by_knn, str)
+    if by_model and by_knn and by_model != by_knn:
+        raise InvalidParameter(
+            f"`model` names datastore {by_model!r} but `knn.datastore` names {by_knn!r}; they must agree",
+            param="knn.datastore",
+        )
+    return by_model or by_knn or default
+
+
+def _refuse_retrieval_fields(knn: KnnBody | None, exclude_documents: Sequence[str]) -> None:
+    """Fields that could have no effect are refused, not ignored; a trace makes sense without a store too."""
+    given = {name for name in knn.model_fields_set if name not in ("trace", "datastore")} if knn is not None else set()
+    if given:
+        field = f"knn.{sorted(given)[0].replace('lmbda', 'lambda')}"
+        raise InvalidParameter(f"`{field}` needs a datastore, and this request names none", param=field)
+    if exclude_documents:
+        raise InvalidParameter(
+            "`exclude_documents` needs a datastore, and this request names none", param="exclude_documents"
+        )
+
+
+def _retrieval(lease: Lease, knn: KnnBody, exclude_documents: Sequence[str]) -> Retrieval:
+    datastore = lease.datastore
+    calibration = datastore.calibration
+    missing = [
+        field
+        for field, value in (("k", knn.k), ("temperature", knn.temperature), ("lambda", knn.lmbda))
+        if value is None
+    ]
+    if calibration is None and missing:
+        raise InvalidParameter(
+            f"datastore {datastore.name!r} has no calibration, so `knn.{missing[0]}` must be given",
+            param=f"knn.{missing[0]}",
+        )
+    exclude = sorted({datastore.document_entries(document_id) for document_id in exclude_documents})
+    retrieval = Retrieval(
+        datastore=datastore,
+        k=knn.k if knn.k is not None else calibration.k,  # type: ignore[union-attr]
+        knn_temperature=knn.temperature if knn.temperature is not None else calibration.knn_temperature,  # type: ignore[union-attr]
+        lmbda=knn.lmbda if knn.lmbda is not None else calibration.lmbda,  # type: ignore[union-attr]
+        gate=parse_gate(knn.gate or (calibration.gate if calibration is not None else "always")),
+        exclude=tuple(EntryRange(*entries) for entries in exclude),
+    )
+    retrieval.check()
+    return retrieval

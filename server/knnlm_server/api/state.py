@@ -1,0 +1,58 @@
+"""What the routes share: one service object that exists from the first request, ready or not."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from fastapi import Request
+
+from knnlm_core.errors import NotReady, ShuttingDown
+from knnlm_core.lm.huggingface import HuggingFaceLM
+from knnlm_core.lm.tokenizer import Tokenizer
+from knnlm_server.engine.engine import Engine
+from knnlm_server.registry.registry import Registry
+from knnlm_server.settings import ServerSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What exists once the model is loaded."""
+
+    lm: HuggingFaceLM
+    tokenizer: Tokenizer
+    engine: Engine
+    registry: Registry
+    model_name: str
+    created: int = field(default_factory=lambda: int(time.time()))  # when it became ready, seconds since 1970
+
+
+@dataclass(slots=True)
+class Service:
+    """The server's state: starting, ready, failed or shutting down."""
+
+    settings: ServerSettings
+    backend: Backend | None = None
+    waiting_for: str = "the model to load"
+    failure: str | None = None
+    closing: bool = field(default=False)
+
+    def require(self) -> Backend:
+        """The backend. Raises NotReady or ShuttingDown with the reason."""
+        if self.closing:
+            raise ShuttingDown("the server is shutting down")
+        if self.failure is not None:
+            raise NotReady(f"the server failed to start: {self.failure}")
+        if self.backend is None:
+            raise NotReady(f"the server is starting: waiting for {self.waiting_for}")
+        return self.backend
+
+
+def service(request: Request) -> Service:
+    """The service of the app that handles this request."""
+    return request.app.state.service  # type: ignore[no-any-return]
+
+
+def backend(request: Request) -> Backend:
+    """The backend, for routes that need the model."""
+    return service(request).require()

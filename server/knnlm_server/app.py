@@ -1,0 +1,103 @@
+"""Wiring: settings → app. The model loads in the background, so that `/ready` can say what is missing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+
+import torch
+from fastapi import FastAPI
+
+from knnlm_core import __version__
+from knnlm_core.errors import KnnlmError
+from knnlm_core.lm.loading import LoadOptions, load_lm, model_name
+from knnlm_server.api import completions, datastores, health, models, score
+from knnlm_server.api.errors import install_error_handlers
+from knnlm_server.api.middleware import BodyLimit, RequestLog
+from knnlm_server.api.state import Backend, Service
+from knnlm_server.engine.engine import Engine, EngineConfig
+from knnlm_server.registry.registry import Registry
+from knnlm_server.settings import ServerSettings
+
+logger = logging.getLogger(__name__)
+
+
+def create_app(settings: ServerSettings, on_failure: Callable[[], None] = lambda: None) -> FastAPI:
+    """The ASGI application.
+
+    Args:
+        on_failure: called when the backend cannot start; a server that will never be ready should stop.
+    """
+    state = Service(settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        starting = asyncio.create_task(_start(state, on_failure))
+        yield
+        state.closing = True
+        starting.cancel()
+        with suppress(asyncio.CancelledError):
+            await starting
+        if state.backend is not None:
+            await asyncio.to_thread(_stop, state.backend, settings.drain_timeout_s)
+
+    app = FastAPI(title="knnlm", version=__version__, lifespan=lifespan)
+    app.state.service = state
+    for module in (completions, score, datastores, models, health):
+        app.include_router(module.router)
+    install_error_handlers(app)
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(RequestLog)
+    return app
+
+
+async def _start(state: Service, on_failure: Callable[[], None]) -> None:
+    try:
+        state.backend = await asyncio.to_thread(build_backend, state)
+        logger.info("ready model=%s datastores=%s", state.backend.model_name, ",".join(state.backend.registry.names()))
+    except KnnlmError as error:
+        state.failure = error.message
+        logger.error("start failed code=%s %s", error.code, error.message)
+        on_failure()
+    except Exception:
+        state.failure = "an unexpected error; the log says which"
+        logger.exception("start failed")
+        on_failure()
+
+
+def build_backend(state: Service) -> Backend:
+    """Load the LM and the datastores, start the engine."""
+    settings = state.settings
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    lm = load_lm(
+        settings.model,
+        LoadOptions(
+            dtype=settings.dtype,
+            device=settings.device,
+            max_length=settings.max_model_len,
+            max_sequences=settings.max_sequences,
+            kv_cache_bytes=settings.kv_cache_bytes,
+        ),
+    )
+    registry = Registry(settings.datastores, lm.identity)
+    names = settings.load or registry.published()
+    for name in names:
+        state.waiting_for = f"datastore {name!r} to load"
+        registry.load(name)
+    if settings.default_datastore is not None:
+        registry.status(settings.default_datastore)
+    engine = Engine(
+        lm, lm.tokenizer.eos_token_ids, EngineConfig(step_tokens=settings.step_tokens, max_queued=settings.max_queued)
+    )
+    engine.start()
+    return Backend(lm, lm.tokenizer, engine, registry, settings.served_model_name or model_name(settings.model))
+
+
+def _stop(backend: Backend, drain_timeout_s: float) -> None:
+    backend.engine.stop(drain_timeout_s)
+    backend.registry.close()
+    backend.lm.close()

@@ -1,0 +1,1 @@
+"""The engine: schedule, forward, mix, sample, emit."""

@@ -1,0 +1,228 @@
+"""The engine's loop: one thread owns the language model; everybody else sends it commands."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from knnlm_core.errors import EngineFailure, KnnlmError, Overloaded, RequestCancelled, ShuttingDown
+from knnlm_core.lm.protocol import CausalLM
+from knnlm_server.engine.events import Failed, Finished, TokenEvent
+from knnlm_server.engine.request import CompletionRequest
+from knnlm_server.engine.scheduler import Batch, Scheduler
+from knnlm_server.engine.scoring import ScoreRequest
+from knnlm_server.engine.step import NextToken, run_step
+
+logger = logging.getLogger(__name__)
+
+Request = CompletionRequest | ScoreRequest
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Bounds of the engine.
+
+    Attributes:
+        step_tokens: tokens of decoding and prefill per step.
+        score_tokens: padded tokens per scoring pass while nothing is being generated.
+        max_queued: requests that may wait; one more is refused.
+        check_integrity: verify the bookkeeping after every step; for tests.
+    """
+
+    step_tokens: int = 512
+    score_tokens: int = 4096
+    max_queued: int = 256
+    check_integrity: bool = False
+
+
+class Load(NamedTuple):
+    """How busy the engine is, in requests."""
+
+    running: int
+    waiting: int
+    scoring: int
+
+
+class Engine:
+    """Continuous batching over a `CausalLM`, with retrieval mixed in for the rows that ask for it.
+
+    `submit`, `abort` and `load` may be called from any thread; every accepted request gets exactly one end.
+    """
+
+    def __init__(self, lm: CausalLM, eos_token_ids: Iterable[int], config: EngineConfig | None = None) -> None:
+        self.config = config or EngineConfig()
+        self._lm = lm
+        self._eos = tuple(eos_token_ids)
+        self._scheduler = Scheduler(lm.num_sequences, self.config.step_tokens)
+        self._scoring: list[ScoreRequest] = []
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._accepted: set[Request] = set()  # submitted and not yet ended
+        self._closing = False
+        self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # -- any thread ----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the engine's thread."""
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises, and then neither `emit` nor `on_end` is ever called:
+            Overloaded: the queue is full.
+            ShuttingDown: no request is taken any more.
+            InvalidParameter: more choices than sequences.
+        """
+        if isinstance(request, CompletionRequest):
+            self._scheduler.check(request)
+        with self._lock:
+            if self._closing:
+                raise ShuttingDown("the server is shutting down")
+            limit = self.config.max_queued + self._lm.num_sequences
+            if len(self._accepted) >= limit:
+                raise Overloaded(f"at most {limit} requests are handled at once, running and queued; try again later")
+            self._accepted.add(request)
+        self._commands.put(lambda: self._begin(request))
+
+    def abort(self, request: Request) -> None:
+        """End a request now if it has not ended; its owner is told RequestCancelled."""
+        self._commands.put(lambda: self._end(request, RequestCancelled("the request was cancelled")))
+
+    def load(self) -> Load:
+        """A glance at the queues."""
+        return Load(len(self._scheduler.running), len(self._scheduler.waiting), len(self._scoring))
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive()
+
+    def stop(self, drain_timeout_s: float) -> None:
+        """Take no more requests, wait for those under way, cancel what is left after the timeout."""
+        with self._lock:
+            self._closing = True
+            self._ended.wait_for(lambda: not self._accepted, timeout=drain_timeout_s)
+            left = list(self._accepted)
+        for request in left:
+            self._commands.put(lambda r=request: self._end(r, ShuttingDown("the server shut down")))  # type: ignore[misc]
+        self._commands.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # -- the engine's thread -------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while self._obey():
+            self._generate()
+            self._score()
+            if self.config.check_integrity:
+                self._scheduler.check_integrity()
+
+    def _obey(self) -> bool:
+        """Carry out waiting commands; with nothing else to do, wait for one. False to stop."""
+        while True:
+            is_idle = not (self._scheduler.has_work() or self._scoring)
+            try:
+                command = self._commands.get(block=is_idle)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+
+    def _begin(self, request: Request) -> None:
+        if isinstance(request, CompletionRequest):
+            self._scheduler.add(request)
+        else:
+            self._scoring.append(request)
+
+    def _generate(self) -> None:
+        """Schedule, run, emit. A step that fails takes its own requests with it and nothing else."""
+        batch = self._scheduler.next_batch()
+        if not batch.chunks and not batch.decodes:
+            return
+        try:
+            for token in run_step(self._lm, batch, self._eos):
+                self._emit(token)
+        except Exception as error:
+            logger.exception("step failed chunks=%d decodes=%d", len(batch.chunks), len(batch.decodes))
+            self._fail(_requests(batch), error)
+
+    def _emit(self, token: NextToken) -> None:
+        request, choice = token.request, token.choice
+        text, finish_reason = choice.advance(token.token_id, request.params, self._eos)
+        if request.retrieval is not None:
+            request.counts.searched += token.searched
+            request.counts.skipped += not token.searched
+        request.emit(
+            TokenEvent(choice.index, token.token_id, text, token.log_prob, token.top, token.trace, finish_reason)
+        )
+        if finish_reason is None:
+            return
+        self._free(request, [choice.index])
+        if not request.live_choices:
+            self._end(request)
+
+    @torch.inference_mode()
+    def _score(self) -> None:
+        """One pass over windows of the oldest scoring request; a single window while others generate."""
+        if not self._scoring:
+            return
+        request = self._scoring[0]
+        budget = 1 if self._scheduler.has_work() else self.config.score_tokens
+        try:
+            request.score(self._lm, request.take(budget))
+        except Exception as error:
+            logger.exception("scoring failed texts=%d", len(request.texts))
+            self._fail([request], error)
+            return
+        if request.is_done:
+            self._end(request)
+
+    def _fail(self, requests: Iterable[Request], error: Exception) -> None:
+        known = error if isinstance(error, KnnlmError) else EngineFailure("a step of the engine failed")
+        for request in requests:
+            self._end(request, known)
+
+    def _free(self, request: CompletionRequest, choices: Iterable[int]) -> None:
+        """Give the slots of choices that will generate no more back to the LM and to the scheduler."""
+        for index in choices:
+            sequence, request.choices[index].sequence = request.choices[index].sequence, None
+            if sequence is not None:
+                self._lm.free(sequence)
+            self._scheduler.release_slot(request)
+
+    def _end(self, request: Request, error: KnnlmError | None = None) -> None:
+        """The one way out: slots, queue, owner, lease; a request that has ended already is left alone."""
+        with self._lock:
+            if request not in self._accepted:
+                return
+            self._accepted.remove(request)
+            self._ended.notify_all()
+        if isinstance(request, ScoreRequest):
+            self._scoring.remove(request)
+            request.on_end(error)
+            return
+        live = request.live_choices
+        for choice in live:
+            choice.finish_reason = "length"
+        self._free(request, [choice.index for choice in live])
+        self._scheduler.remove(request)
+        tokens = Finished(len(request.prompt_ids), request.num_generated, request.counts)
+        request.emit(Failed(error) if error else tokens)
+        request.on_end()
+
+
+def _requests(batch: Batch) -> list[CompletionRequest]:
+    """The requests of a batch, each once."""
+    both = [*(chunk.request for chunk in batch.chunks), *(decode.request for decode in batch.decodes)]
+    return list(dict.fromkeys(both))

@@ -1,0 +1,77 @@
+"""What the engine tells a request's owner, in order: tokens of any choice, then exactly one end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from knnlm_core.errors import KnnlmError
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class TracedNeighbor:
+    """One neighbour behind a token."""
+
+    entry_id: int
+    distance: float  # squared L2
+    weight: float  # share of p_knn
+    token_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTrace:
+    """How one token's probability came about."""
+
+    searched: bool
+    decision: str  # the gate's, or `base` without a datastore
+    lmbda: float
+    p_lm: float
+    p_knn: float
+    p: float
+    neighbors: Sequence[TracedNeighbor]  # nearest first
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One more token of one choice."""
+
+    choice: int
+    token_id: int
+    text: str  # what can be shown now; may lag behind the tokens
+    log_prob: float  # natural log, of the mixture, before penalties and temperature
+    top: Sequence[tuple[int, float]] = ()  # most probable first
+    trace: TokenTrace | None = None
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(slots=True)
+class RetrievalCounts:
+    """`usage.knn`: what happened at the request's tokens."""
+
+    searched: int = 0
+    followed: int = 0
+    skipped: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """All choices are complete."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    counts: RetrievalCounts = field(default_factory=RetrievalCounts)
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request ends without an answer."""
+
+    error: KnnlmError
+
+
+Event = TokenEvent | Finished | Failed

@@ -1,0 +1,1 @@
+"""Datastores by name: load, swap, lease, drain, unload."""

@@ -1,0 +1,56 @@
+"""Run the app on a socket until it is told to stop."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+
+import uvicorn
+
+from knnlm_core.errors import InvalidParameter, ServiceError
+from knnlm_server.settings import ServerSettings
+from knnlm_server.telemetry.logs import configure_logging
+
+
+def run_server(settings: ServerSettings) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Raises:
+        InvalidParameter: the address cannot be listened on.
+        ServiceError: the model or a datastore did not load.
+    """
+    configure_logging(settings.log_level)
+    if settings.threads is not None:
+        # Read by FAISS and torch when they are first imported, below.
+        os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+    from knnlm_server.app import create_app
+
+    sock = _listen(settings.host, settings.port)
+    failed = False
+
+    def stop() -> None:
+        nonlocal failed
+        failed = True
+        server.should_exit = True
+
+    config = uvicorn.Config(
+        create_app(settings, on_failure=stop),
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=int(settings.drain_timeout_s) + 1,
+    )
+    server = uvicorn.Server(config)
+    host, port = sock.getsockname()[:2]
+    print(f"knnlm listens on http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
+    server.run(sockets=[sock])
+    if failed:
+        raise ServiceError("the server could not start; the log says why")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise InvalidParameter(f"cannot listen on {host}:{port}: {error.strerror or error}", param="port") from error

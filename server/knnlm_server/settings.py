@@ -1,0 +1,89 @@
+"""The server's settings: one frozen model, filled from the command line and from ``KNNLM_*`` variables."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from knnlm_core.errors import InvalidParameter
+
+ENV_PREFIX = "KNNLM_"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class ServerSettings(BaseSettings):
+    """What `knnlm serve` can be told. The environment variable of a field is ``KNNLM_`` + its name in capitals."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str = Field(description="Language model: hub id, folder or GGUF file.")
+    datastores: Path | None = Field(
+        default=None, description="Folder of published datastores; none serves the LM alone."
+    )
+    load: tuple[str, ...] = Field(
+        default=(), description="Datastores to load at start; by default all under the folder."
+    )
+    default_datastore: str | None = Field(
+        default=None, description="Datastore used when a request names only the LM; by default none."
+    )
+    served_model_name: str | None = Field(
+        default=None, description="Name under which the LM is served; by default its last path component."
+    )
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    runtime: Literal["transformers"] = Field(default="transformers", description="What runs the LM.")
+    dtype: str = Field(default="auto", description="Weights: auto, float32, bfloat16 or float16.")
+    device: str = Field(default="auto", description="auto, cpu or cuda[:N].")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; by default what torch and FAISS choose.")
+    max_model_len: int | None = Field(
+        default=None,
+        ge=2,
+        description="Tokens per sequence, prompt and completion; by default the model's, at most 8192.",
+    )
+    max_sequences: int = Field(default=32, ge=1, le=1024, description="Sequences generated at once.")
+    kv_cache_bytes: int = Field(
+        default=4 << 30,
+        ge=1 << 20,
+        description="Bound on the KV cache in bytes; lowers the sequences at once if needed.",
+    )
+    step_tokens: int = Field(default=512, ge=1, description="Tokens of decoding and prefill per step.")
+    max_queued: int = Field(default=256, ge=0, description="Requests that may wait; one more is answered 503.")
+    max_body_bytes: int = Field(default=32 << 20, ge=1024, description="Largest request body in bytes.")
+    drain_timeout_s: float = Field(
+        default=30.0,
+        ge=0,
+        le=3600,
+        description="Seconds that running requests get at shutdown or when a store is unloaded.",
+    )
+    api_key: SecretStr | None = Field(default=None, description="Key that every /v1 route asks for; by default none.")
+    admin_key: SecretStr | None = Field(
+        default=None,
+        description="Key for routes that change datastores; without one they work only when bound to loopback.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="What is logged.")
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        return self.host in LOOPBACK
+
+
+def read_settings(**given: object) -> ServerSettings:
+    """Settings from arguments (None = not given), then the environment, then defaults.
+
+    Raises: InvalidParameter: a value is out of bounds, or a ``KNNLM_*`` variable is unknown.
+    """
+    known = {ENV_PREFIX + name.upper() for name in ServerSettings.model_fields}
+    for variable in os.environ:
+        if variable.startswith(ENV_PREFIX) and variable not in known:
+            raise InvalidParameter(f"unknown environment variable {variable}; known: {', '.join(sorted(known))}")
+    try:
+        return ServerSettings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        raise InvalidParameter(f"`{field}`: {first['msg']}, got {first.get('input')!r}", param=field) from error

@@ -1,0 +1,13 @@
+"""Shared fixtures; `tiny` (models and tokenizers made on the spot) is importable from every test."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+# FAISS and torch share the machine's cores; hub look-ups must fail at once instead of waiting for a network.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+sys.path.insert(0, str(Path(__file__).parent))
