@@ -155,14 +155,17 @@ class DatastoreMismatch(DatastoreError):
     Args:
         field: what differs, e.g. ``model_fingerprint``.
         have: the datastore's value.
-        need: the running model's value.
+        need: the value that would fit.
+        needed_by: whose value that is.
     """
 
     code = "datastore_mismatch"
 
-    def __init__(self, name: str, *, field: str, have: object, need: object) -> None:
+    def __init__(
+        self, name: str, *, field: str, have: object, need: object, needed_by: str = "the running model"
+    ) -> None:
         super().__init__(
-            f"datastore {name!r} does not fit: {field} is {have!r}, the running model needs {need!r}",
+            f"datastore {name!r} does not fit: {field} is {have!r}, {needed_by} needs {need!r}",
             param=field,
         )
         self.field, self.have, self.need = field, have, need

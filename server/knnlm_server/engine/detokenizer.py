@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 REPLACEMENT = "\ufffd"
 # A character has at most four bytes: an unfinished one at most three tokens, and at most three U+FFFD.
 _UNFINISHED = 3
-# The window shrinks when it is longer than _WINDOW; then one of four consecutive starts lies between characters.
+# The window shrinks when it is longer than this, or than twice this while something is held back. One of four
+# consecutive starts lies between characters.
 _WINDOW = 16
 _SHORT_WINDOWS = (6, 7, 8, 9)
 _SAFE_WINDOW = 12
@@ -30,8 +31,8 @@ class IncrementalDetokenizer:
     """The text of one generated sequence, as it grows.
 
     All pushes and the flush together give decode(prompt + generated) without decode(prompt) in front. Where the prompt
-    ends inside a character, they begin with that character, unless generation leaves it unfinished. This holds for
-    decoders that work token by token, the first token aside:
+    ends inside a character (other than U+FFFD), they begin with that character, unless generation leaves it unfinished.
+    This holds for decoders that work token by token, the first token aside:
 
     - byte-level BPE: for every sequence of tokens;
     - sentencepiece (Metaspace or ▁ → space, with or without byte fallback): where each unbroken run of byte tokens is
@@ -74,7 +75,7 @@ class IncrementalDetokenizer:
         self._given += new
         if len(self._given) == len(text):
             self._settled = len(self._window)
-        if len(self._window) > _WINDOW:
+        if len(self._window) > (2 * _WINDOW if self._num_pending else _WINDOW):
             self._shrink()
         return self._without_prompt(new)
 
@@ -118,8 +119,8 @@ class IncrementalDetokenizer:
         held = self._text[len(self._given) :]
         for size in (*_SHORT_WINDOWS, _SAFE_WINDOW):
             text = self._decode(self._window[-size:])
-            # Text that begins inside a character begins with U+FFFD.
-            if text.endswith(held) and not text.startswith(REPLACEMENT):
+            # Text that begins inside a character begins with U+FFFD that the whole does not have.
+            if self._text.endswith(text) and len(text) >= len(held):
                 break
         self._settled = max(0, self._settled - (len(self._window) - size))
         self._window = self._window[-size:]

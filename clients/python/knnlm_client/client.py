@@ -1,0 +1,133 @@
+"""The synchronous client."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from types import TracebackType
+from typing import Protocol, Self, TypeVar, Unpack
+
+import httpx
+
+from knnlm_client import _operations as operations
+from knnlm_client._answers import ModelT, check_status
+from knnlm_client._connection import Connection
+from knnlm_client._operations import Operation, StreamOperation
+from knnlm_client._streams import EventDecoder, Stream
+from knnlm_client.requests import CompletionOptions, Prompt, ScoreInput, ScoreOptions, StreamCompletionOptions
+from knnlm_client.responses import Completion, CompletionChunk, Datastore, ModelCard, ScoreResponse, ServerStatus
+
+T = TypeVar("T")
+
+
+class Client:
+    """Talks to a knnlm server; may be shared by threads. Close it, or use it in a `with` block.
+
+    Nothing is retried: `APIError.retry_after_s` says how long the server wants to be left alone, and only the caller
+    knows whether asking again is worth it.
+
+    Args:     base_url: the server's address; a `/v1` at its end is ignored.
+              api_key: sent with every request, except where the admin key is.
+              admin_key: sent instead when a datastore is to be changed.
+              timeout: seconds of silence after which a request fails; None waits for ever.
+              transport: another way to reach the server, such as a Unix socket.
+    Raises:   ValueError: one of these cannot be used. From every method: APIError, ConnectionFailed or TimedOut, and
+              ValueError, before anything is sent, for a keyword that is unknown or of the wrong type.
+    """
+
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:8000",
+        *,
+        api_key: str | None = None,
+        admin_key: str | None = None,
+        timeout: float | None = 600.0,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self._connection = Connection(base_url, api_key=api_key, admin_key=admin_key, timeout=timeout)
+        self._http = httpx.Client(**self._connection.http_options, transport=transport)
+        self.datastores = Datastores(self._send)
+
+    def completions(self, prompt: Prompt, *, model: str, **options: Unpack[CompletionOptions]) -> Completion:
+        """Complete one prompt or several; the keywords are the fields of `CompletionRequest`."""
+        return self._send(operations.completions(prompt, model, options))
+
+    def stream_completions(
+        self, prompt: Prompt, *, model: str, **options: Unpack[StreamCompletionOptions]
+    ) -> Stream[CompletionChunk]:
+        """As `completions`, one chunk at a time; use the result in a `with` block."""
+        return Stream(self._events(operations.stream_completions(prompt, model, options)))
+
+    def score(self, input: ScoreInput, *, model: str, **options: Unpack[ScoreOptions]) -> ScoreResponse:
+        """Measure how well base LM and mixture predict texts; the keywords are the fields of `ScoreRequest`."""
+        return self._send(operations.score(input, model, options))
+
+    def models(self) -> tuple[ModelCard, ...]:
+        """List the names that `model` may have: the base LM, and one for each loaded datastore."""
+        return self._send(operations.models())
+
+    def health(self) -> ServerStatus:
+        """Ask whether the server is up; false, with a reason, when its engine is not."""
+        return self._send(operations.health())
+
+    def ready(self) -> ServerStatus:
+        """Ask whether the server can answer now; false, with a reason, while it starts or drains."""
+        return self._send(operations.ready())
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _send(self, operation: Operation[T]) -> T:
+        request = operation.request
+        with self._connection.mapped_errors(request):
+            response = self._http.request(**self._connection.arguments(request))
+        return operation.parse(response)
+
+    def _events(self, operation: StreamOperation[ModelT]) -> Generator[ModelT, None, None]:
+        request = operation.request
+        with (
+            self._connection.mapped_errors(request),
+            self._http.stream(**self._connection.arguments(request)) as response,
+        ):
+            if not response.is_success:
+                response.read()  # the error's body
+            check_status(response)
+            decoder = EventDecoder(response, operation.event_type)
+            for piece in response.iter_bytes():
+                yield from decoder.feed(piece)
+            decoder.finish()
+
+
+class _Send(Protocol):
+    def __call__(self, operation: Operation[T]) -> T: ...
+
+
+class Datastores:
+    """The server's datastores, as `client.datastores`; changes need the admin key unless the server is local."""
+
+    def __init__(self, send: _Send) -> None:
+        self._send = send
+
+    def list(self) -> tuple[Datastore, ...]:
+        """List the loaded datastores."""
+        return self._send(operations.list_datastores())
+
+    def get(self, name: str) -> Datastore:
+        """Describe a loaded datastore."""
+        return self._send(operations.get_datastore(name))
+
+    def load(self, name: str, version: str = "current") -> Datastore:
+        """Load a published version, or swap to it; requests under way keep the version they began with."""
+        return self._send(operations.load_datastore(name, version))
+
+    def unload(self, name: str) -> None:
+        """Wait until no request uses the datastore any more, then unload it."""
+        self._send(operations.unload_datastore(name))

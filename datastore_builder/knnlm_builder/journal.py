@@ -1,0 +1,45 @@
+"""One build at a time per name, and what an interrupted one left behind."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from knnlm_core.errors import BuildConflict
+
+LOCK = "build.lock"
+_PLAN = "plan.tmp"
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[Path]:
+    """Hold a name's folder for one build; yields an empty folder for the plan.
+
+    The lock ends with the process, however it ends, so a killed build blocks nobody.
+
+    Raises: BuildConflict: another process is building the same name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BuildConflict(f"another build of this datastore is under way in {folder}") from None
+        plan = folder / _PLAN
+        shutil.rmtree(plan, ignore_errors=True)
+        plan.mkdir()
+        try:
+            yield plan
+        finally:
+            shutil.rmtree(plan, ignore_errors=True)
+
+
+def discard_other_builds(folder: Path, keep: Path) -> list[Path]:
+    """Remove half-built versions other than the one about to be built: their inputs have changed."""
+    left = [path for path in folder.glob("*.tmp") if path != keep and path.name != _PLAN and path.is_dir()]
+    for path in left:
+        shutil.rmtree(path)
+    return left

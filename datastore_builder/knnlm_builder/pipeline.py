@@ -1,0 +1,265 @@
+"""The build: plan → encode shards → index → recall gate → calibrate → verify → publish."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from pydantic import JsonValue
+
+from knnlm_builder.journal import discard_other_builds, exclusive
+from knnlm_builder.progress import Reporter
+from knnlm_builder.settings import BuildSettings
+from knnlm_builder.stages.calibrate import MAX_K, calibrate
+from knnlm_builder.stages.held_out import encode_held_out
+from knnlm_builder.stages.plan import Plan, ShardPlan, make_plan
+from knnlm_builder.stages.recall import RecallGate, choose_nprobe
+from knnlm_builder.stages.shards import build_indexes, build_shard
+from knnlm_builder.stages.verify import SelfCheck, verify
+from knnlm_core.datastore import layout
+from knnlm_core.datastore.calibration import Calibration, write_calibration
+from knnlm_core.datastore.checksums import record_files
+from knnlm_core.datastore.documents import Document, DocumentsWriter
+from knnlm_core.datastore.index import choose_index
+from knnlm_core.datastore.manifest import (
+    ContextSection,
+    DocumentsSection,
+    IndexSpec,
+    KeySection,
+    LMSection,
+    Manifest,
+    ShardSection,
+    version_of,
+)
+from knnlm_core.datastore.publish import publish, set_current
+from knnlm_core.datastore.reader import Datastore
+from knnlm_core.errors import DatastoreDoesNotHelp, EmptyCorpus
+from knnlm_core.lm.huggingface import HuggingFaceLM
+from knnlm_core.lm.loading import LoadOptions, load_lm
+from knnlm_core.windows import check_window
+
+
+class BuildResult(NamedTuple):
+    """A published datastore."""
+
+    name: str
+    version: str
+    entries: int
+    calibration: Calibration | None
+    was_published: bool  # this very version existed before
+
+
+def run_build(settings: BuildSettings, reporter: Reporter) -> BuildResult:
+    """Build and publish a datastore; an interrupted build of the same inputs goes on where it stopped.
+
+    Raises: KnnlmError: of many kinds; then nothing new is published and the name means what it meant before.
+    """
+    layout.check_name(settings.name)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    reporter.say(f"Loading {settings.model}")
+    lm = load_lm(settings.model, LoadOptions(settings.dtype, settings.device, settings.key_tap))
+    return build_with(lm, settings, reporter)
+
+
+def build_with(lm: HuggingFaceLM, settings: BuildSettings, reporter: Reporter) -> BuildResult:
+    """`run_build` with a model that is loaded already."""
+    check_window(settings.window, settings.stride, lm.max_length)
+    home = layout.name_folder(settings.output, settings.name)
+    with exclusive(home) as plan_folder:
+        plan = make_plan(settings, lm.tokenizer, plan_folder, reporter)
+        _say_plan(plan, reporter)
+        inputs = _inputs(plan, lm, settings)
+        version = version_of(inputs)
+        if version in layout.published_versions(settings.output, settings.name):
+            return _already_published(settings, version, reporter)
+        folder = layout.building_folder(settings.output, settings.name, version)
+        for other in discard_other_builds(home, folder):
+            reporter.say(f"Discarding the unfinished build {other.name} of other inputs")
+        folder.mkdir(exist_ok=True)
+        return _build(lm, plan, settings, version, inputs, folder, reporter)
+
+
+def _build(
+    lm: HuggingFaceLM, plan: Plan, settings: BuildSettings, version: str, inputs: dict[str, JsonValue], folder: Path,
+    reporter: Reporter,
+) -> BuildResult:  # fmt: skip
+    shards = list(plan.shards(settings))
+    with reporter.stage("Encode", plan.num_entries, "tokens") as advance:
+        for shard in shards:
+            path = folder / layout.shard_name(shard.number)
+            build_shard(lm, plan, shard, path, settings.batch_tokens, advance)
+    _write_documents(plan, folder)
+    spec = choose_index(plan.num_entries, lm.identity.key_dim, MAX_K, seed=settings.seed)
+    build_indexes(folder, shards, spec, lm.identity.key_dim, settings.seed, reporter)
+
+    _write_manifest(folder, plan, shards, spec, lm, settings, version, inputs, {})
+    queries = encode_held_out(
+        lm, plan, plan.held_out, window=settings.window, stride=settings.stride, batch_tokens=settings.batch_tokens,
+        reporter=reporter,
+    )  # fmt: skip
+    datastore = Datastore.open_folder(folder)
+    try:
+        gate, gate_queries = choose_nprobe(datastore, queries, min(MAX_K, datastore.entries), seed=settings.seed)
+        calibration = calibrate(datastore, plan, queries, settings, nprobe=gate.nprobe, reporter=reporter)
+        check = verify(datastore, plan, nprobe=gate.nprobe, seed=settings.seed)
+    finally:
+        datastore.close()
+    _say_calibration(calibration, gate, reporter)
+    if not calibration.helps and not settings.force:
+        raise DatastoreDoesNotHelp(
+            f"on held-out text the mixture reaches perplexity {_perplexity(calibration, 'mixed'):.3f}, the base LM "
+            f"alone {_perplexity(calibration, 'base'):.3f}; nothing is published (--force publishes all the same)"
+        )
+    quality = _quality(gate, gate_queries, check, calibration, settings)
+    spec = spec.model_copy(update={"nprobe": gate.nprobe})
+    _write_manifest(folder, plan, shards, spec, lm, settings, version, inputs, quality)
+    _publish(settings, version, calibration)
+    reporter.say(f"Published {settings.name} version {version}: {plan.num_entries:,} entries, under {settings.output}")
+    return BuildResult(settings.name, version, plan.num_entries, calibration, was_published=False)
+
+
+def _inputs(plan: Plan, lm: HuggingFaceLM, settings: BuildSettings) -> dict[str, JsonValue]:
+    """What the version is a hash of: text, settings and LM; no float that was computed."""
+    identity = lm.identity
+    return {
+        "format_version": 1,
+        "model_fingerprint": identity.model_fingerprint,
+        "tokenizer_fingerprint": identity.tokenizer_fingerprint,
+        "key_tap": identity.key_tap,
+        "window": settings.window,
+        "stride": settings.stride,
+        "shard_entries": settings.shard_entries,
+        "seed": settings.seed,
+        "held_out_fraction": settings.held_out_fraction,
+        "held_out_max_tokens": settings.held_out_max_tokens,
+        "documents": version_of(
+            {
+                "store": [
+                    [d.id, d.uri, d.title, d.licence, list(d.tags), d.digest, d.num_tokens] for d in plan.documents
+                ],
+                "held_out": [[d.id, d.digest, d.num_tokens] for d in plan.held_out],
+            }
+        ),
+    }
+
+
+def _write_documents(plan: Plan, folder: Path) -> None:
+    for name, documents in ((layout.DOCUMENTS, plan.documents), (layout.HELD_OUT, plan.held_out)):
+        with DocumentsWriter(folder / name) as writer:
+            for d in documents:
+                entries = d.num_entries if documents is plan.documents else 0
+                writer.add(Document(d.id, plan.text(d), d.uri, d.title, d.licence, d.tags), entries)
+
+
+def _write_manifest(
+    folder: Path, plan: Plan, shards: Sequence[ShardPlan], spec: IndexSpec, lm: HuggingFaceLM, settings: BuildSettings,
+    version: str, inputs: dict[str, JsonValue], quality: dict[str, int | float | str | bool],
+) -> None:  # fmt: skip
+    identity = lm.identity
+    Manifest(
+        name=settings.name,
+        version=version,
+        lm=LMSection.of(identity),
+        key=KeySection(tap=identity.key_tap, dim=identity.key_dim),
+        context=ContextSection(
+            window=settings.window, stride=settings.stride, bos_token_ids=lm.tokenizer.bos_token_ids
+        ),
+        entries=plan.num_entries,
+        shards=tuple(
+            ShardSection(
+                name=layout.shard_name(shard.number),
+                first_entry=shard.entries.first,
+                entries=shard.entries.stop - shard.entries.first,
+            )
+            for shard in shards
+        ),
+        index=spec,
+        documents=DocumentsSection(count=len(plan.documents)),
+        build=inputs,
+        quality=quality,
+        files=record_files(folder),
+    ).write(folder / layout.MANIFEST)
+
+
+def _quality(
+    gate: RecallGate, gate_queries: int, check: SelfCheck, calibration: Calibration, settings: BuildSettings
+) -> dict[str, int | float | str | bool]:
+    return {
+        "recall_queries": gate_queries,
+        "recall_at_32": gate.recall_at_32,
+        "recall_at_k": gate.recall_at_k,
+        "recall_k": MAX_K,
+        "perplexity_ratio_to_exact": gate.perplexity_ratio,
+        "self_recall": check.self_recall,
+        "self_queries": check.queries,
+        "helps": calibration.helps,
+        "forced": settings.force and not calibration.helps,
+    }
+
+
+def _publish(settings: BuildSettings, version: str, calibration: Calibration) -> None:
+    """Calibration first, then the version, then CURRENT: each step leaves what readers see whole."""
+    # A calibration of a version that was never published is what an interrupted build left.
+    shutil.rmtree(layout.calibration_folder(settings.output, settings.name, calibration.id), ignore_errors=True)
+    write_calibration(settings.output, settings.name, calibration)
+    publish(settings.output, settings.name, version, calibration.id)
+
+
+def _already_published(settings: BuildSettings, version: str, reporter: Reporter) -> BuildResult:
+    """The same inputs were published before: make that version current again if it is not."""
+    store = Datastore.open(settings.output, settings.name, version)
+    calibration, entries = store.calibration, store.entries
+    store.close()
+    if calibration is None:
+        calibration = _calibration_of(settings, version)
+        set_current(settings.output, settings.name, version, calibration.id if calibration else None)
+    reporter.say(f"{settings.name} version {version} is published already: the same text, settings and model")
+    return BuildResult(settings.name, version, entries, calibration, was_published=True)
+
+
+def _calibration_of(settings: BuildSettings, version: str) -> Calibration | None:
+    from knnlm_core.datastore.calibration import read_calibration
+
+    for calibration_id in layout.calibration_ids(settings.output, settings.name):
+        calibration = read_calibration(settings.output, settings.name, calibration_id)
+        if calibration.datastore_version == version:
+            return calibration
+    return None
+
+
+def _say_plan(plan: Plan, reporter: Reporter) -> None:
+    if not plan.num_entries:
+        raise EmptyCorpus("the inputs hold fewer than 2 tokens for the store, so no token has a context")
+    if not sum(document.num_entries for document in plan.held_out):
+        raise EmptyCorpus(
+            f"the inputs hold {plan.num_entries + 1} tokens: too few to hold any out for calibration; give more text"
+        )
+    held_out = sum(document.num_tokens for document in plan.held_out)
+    reporter.say(plan.stats.summary())
+    reporter.say(
+        f"Store: {len(plan.documents):,} documents, {plan.num_entries:,} entries. Held out: {len(plan.held_out):,} "
+        f"{plan.held_out_unit}, {held_out:,} tokens; {plan.near_duplicates} near-duplicates of the store kept out"
+    )
+
+
+def _say_calibration(calibration: Calibration, gate: RecallGate, reporter: Reporter) -> None:
+    report = calibration.report
+    low, high = report["gain_interval_95"]  # type: ignore[misc, str-unpack]
+    reporter.say(
+        f"Index: recall@32 {gate.recall_at_32:.3f}, recall@{MAX_K} {gate.recall_at_k:.3f}"
+        + (f" at nprobe {gate.nprobe}" if gate.nprobe else " (exact)")
+    )
+    reporter.say(f"Calibrated: k = {calibration.k}, τ = {calibration.knn_temperature:.3g}, λ = {calibration.lmbda:.2f}")
+    reporter.say(
+        f"Perplexity on {report['tokens']:,} held-out tokens that were not fitted on: base "
+        f"{_perplexity(calibration, 'base'):.3f} → mixed {_perplexity(calibration, 'mixed'):.3f} "
+        f"({-100 * float(report['gain']):+.1f} %, 95 % interval {-100 * float(high):+.1f} … {-100 * float(low):+.1f} %)"  # type: ignore[arg-type]
+    )
+
+
+def _perplexity(calibration: Calibration, which: str) -> float:
+    return float(calibration.report[which]["perplexity"])  # type: ignore[index, call-overload, arg-type]

@@ -1,0 +1,47 @@
+"""What a build can be told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from knnlm_core.errors import InvalidParameter
+
+
+class BuildSettings(BaseModel):
+    """Settings of one build; those that shape the result enter the datastore's version."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str = Field(description="Language model: hub id, folder or GGUF file.")
+    inputs: tuple[Path, ...] = Field(
+        min_length=1, description="Files or folders of text: txt, md, html, jsonl(.gz), parquet."
+    )
+    output: Path = Field(description="Root folder that the datastore is published under.")
+    name: str = Field(description="Name of the datastore.")
+    window: int = Field(default=1024, ge=2, description="Tokens that the LM sees at once; 1024 by default.")
+    stride: int = Field(default=512, ge=1, description="Tokens that each window after the first adds; 512 by default.")
+    max_tokens: int | None = Field(default=None, ge=2, description="Stop once the store has this many entries.")
+    held_out_fraction: float = Field(
+        default=0.05, gt=0, le=0.5, description="Share of the text kept out of the store to calibrate on."
+    )
+    held_out_max_tokens: int = Field(default=20_000, ge=64, description="Most held-out tokens.")
+    shard_entries: int = Field(default=1_000_000, ge=1, description="Entries per shard, about.")
+    key_tap: str | None = Field(default=None, description="Which activation is the key; by default the family's.")
+    dtype: str = Field(default="auto", description="Weights: auto, float32, bfloat16 or float16.")
+    device: str = Field(default="auto", description="auto, cpu or cuda[:N].")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; by default what torch and FAISS choose.")
+    batch_tokens: int = Field(default=4096, ge=1, description="Padded tokens per forward pass.")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of the held-out choice, k-means and sampling.")
+    force: bool = Field(default=False, description="Publish even a store that does not help on held-out text.")
+
+
+def read_settings(**given: object) -> BuildSettings:
+    """Settings from arguments; None means not given. Raises InvalidParameter: naming the field and its value."""
+    try:
+        return BuildSettings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        raise InvalidParameter(f"`{field}`: {first['msg']}, got {first.get('input')!r}", param=field) from error

@@ -1,0 +1,116 @@
+"""Fit τ, λ and k to cached neighbours of held-out tokens: one search, then arithmetic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from knnlm_core.knn.distribution import target_log_probs
+from knnlm_core.knn.interpolation import interpolate_targets
+from knnlm_core.types import Neighbors
+
+K_CHOICES = (8, 32, 128, 1024)
+# A smaller k is preferred while it costs at most this share of perplexity.
+K_TOLERANCE = 0.002
+LMBDAS = tuple(i / 100 for i in range(1, 100))
+# τ is searched around the median distance of the nearest neighbour, which scales with the model.
+_TAU_FACTORS = tuple(2.0 ** (i / 2) for i in range(-14, 7))  # 1/128 … 8
+
+
+class Evidence(NamedTuple):
+    """What is known of N held-out tokens after one search for K neighbours each."""
+
+    base: Tensor  # (N,) log p_lm of the token
+    neighbors: Neighbors  # (N, K), nearest first
+    targets: Tensor  # (N,)
+    blocks: Tensor  # (N,) int64, which block of neighbouring tokens each belongs to, for the bootstrap
+
+    def take(self, rows: Tensor) -> Evidence:
+        """Some of the tokens."""
+        neighbors = Neighbors(*(part[rows] for part in self.neighbors))
+        return Evidence(self.base[rows], neighbors, self.targets[rows], self.blocks[rows])
+
+    def nearest(self, k: int) -> Evidence:
+        """The same tokens with fewer neighbours."""
+        return self._replace(neighbors=Neighbors(*(part[:, :k] for part in self.neighbors)))
+
+
+class Fit(NamedTuple):
+    """Settings and the mean negative log-likelihood (nats per token) that they reach where they were fitted."""
+
+    k: int
+    knn_temperature: float
+    lmbda: float
+    nll: float
+
+
+def mixed_log_probs(evidence: Evidence, knn_temperature: float, lmbda: float) -> Tensor:
+    """(N,) log p of each token under the mixture; a token without neighbours keeps the base LM's."""
+    count = len(evidence.base)
+    found = (evidence.neighbors.entry_ids >= 0).any(dim=1)
+    knn = target_log_probs(evidence.neighbors, evidence.targets, knn_temperature=torch.full((count,), knn_temperature))
+    return interpolate_targets(evidence.base, knn, torch.where(found, lmbda, 0.0))
+
+
+def fit(evidence: Evidence, k: int) -> Fit:
+    """The τ and λ of the grid with the lowest NLL at a given k."""
+    evidence = evidence.nearest(k)
+    found = (evidence.neighbors.entry_ids >= 0).any(dim=1)
+    nearest = evidence.neighbors.distances[found, 0]
+    # An exact repetition is at distance 0: τ needs something above it.
+    scale = max(float(nearest.median()) if len(nearest) else 1.0, 1e-3)
+    base = evidence.base.double()
+    best = Fit(k, scale, 0.0, -float(base.mean()))
+    for factor in _TAU_FACTORS:
+        tau = torch.full((len(base),), scale * factor)
+        knn = target_log_probs(evidence.neighbors, evidence.targets, knn_temperature=tau).double()
+        for lmbda in LMBDAS:
+            weight = torch.where(found, lmbda, 0.0).double()
+            nll = -float(interpolate_targets(base, knn, weight).mean())
+            if nll < best.nll:
+                best = Fit(k, scale * factor, lmbda, nll)
+    return best
+
+
+def choose(evidence: Evidence) -> tuple[Fit, Sequence[Fit]]:
+    """Fit every k offered and take the smallest that is nearly as good as the best; also returns all of them."""
+    most = evidence.neighbors.entry_ids.shape[1]
+    fits = [fit(evidence, k) for k in sorted({min(k, most) for k in K_CHOICES})]
+    best = min(f.nll for f in fits)
+    return next(f for f in fits if f.nll <= best + math.log1p(K_TOLERANCE)), fits
+
+
+class Interval(NamedTuple):
+    """Relative reduction of perplexity, 1 − mixed / base, with the ends of its bootstrap interval."""
+
+    gain: float
+    low: float
+    high: float
+
+
+def bootstrap_gain(
+    base: Tensor, mixed: Tensor, blocks: Tensor, *, seed: int, resamples: int = 2000, confidence: float = 0.95
+) -> Interval:
+    """Block bootstrap of the gain in perplexity.
+
+    Tokens of one block rise and fall together, so whole blocks are drawn with replacement; the interval is between
+    percentiles of the resampled gains.
+
+    Args:
+        base, mixed: (N,) log-probabilities of the same tokens.
+        blocks: (N,) which block each token belongs to.
+    """
+    difference: NDArray[np.float64] = (mixed.double() - base.double()).numpy()
+    numbers, index = np.unique(blocks.numpy(), return_inverse=True)
+    sums = np.bincount(index, weights=difference, minlength=len(numbers))
+    counts = np.bincount(index, minlength=len(numbers))
+    draws = np.random.default_rng(seed).integers(0, len(numbers), size=(resamples, len(numbers)))
+    gains = 1 - np.exp(-sums[draws].sum(axis=1) / counts[draws].sum(axis=1))
+    low, high = np.quantile(gains, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(1 - np.exp(-difference.mean())), float(low), float(high))

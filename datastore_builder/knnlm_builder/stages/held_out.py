@@ -1,0 +1,76 @@
+"""Gather evidence: held-out windows through the LM and one search each, cached for every fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from knnlm_builder.progress import Reporter
+from knnlm_builder.stages.encode import encode_windows
+from knnlm_builder.stages.fit import Evidence
+from knnlm_builder.stages.plan import Plan, PlannedDocument
+from knnlm_core.lm.head import log_probs_of_targets
+from knnlm_core.lm.protocol import CausalLM
+from knnlm_core.types import Neighbors
+from knnlm_core.windows import rolling_windows
+
+Search = Callable[[Tensor], Neighbors]
+
+SEARCH_ROWS = 512
+# Tokens drawn together in the bootstrap: neighbouring tokens are not independent.
+BLOCK_TOKENS = 128
+
+
+class Queries(NamedTuple):
+    """Held-out tokens before any search: what the LM knows of them."""
+
+    keys: Tensor  # (N, D)
+    base: Tensor  # (N,) log p_lm of the token
+    targets: Tensor  # (N,)
+    blocks: Tensor  # (N,)
+    documents: Tensor  # (N,) int64, position of the document in the list
+
+    def take(self, rows: Tensor) -> Queries:
+        """Some of the tokens."""
+        return Queries(*(part[rows] for part in self))
+
+
+def encode_held_out(
+    lm: CausalLM, plan: Plan, documents: Sequence[PlannedDocument], *, window: int, stride: int, batch_tokens: int,
+    reporter: Reporter,
+) -> Queries:  # fmt: skip
+    """Run held-out documents through the LM, each token once, with left context as at build and in scoring."""
+    windows = [(d, w) for d in documents for w in rolling_windows(d.num_tokens, window, stride)]
+    order = {id(document): i for i, document in enumerate(documents)}
+    columns: list[tuple[Tensor, ...]] = []
+    blocks = 0
+    with reporter.stage("Encode held-out text", sum(w.num_targets for _, w in windows), "tokens") as advance:
+        for part in encode_windows(lm, plan, windows, batch_tokens):
+            targets = torch.from_numpy(part.values.astype("int64"))
+            count = len(targets)
+            columns.append(
+                (
+                    part.keys.cpu(),
+                    log_probs_of_targets(lm, part.hidden, targets.to(part.hidden.device)).cpu(),
+                    targets,
+                    blocks + torch.arange(count) // BLOCK_TOKENS,
+                    torch.full((count,), order[id(part.document)]),
+                )
+            )
+            blocks += -(-count // BLOCK_TOKENS)
+            advance(count)
+    return Queries(*(torch.cat(column) for column in zip(*columns, strict=True)))
+
+
+def search_all(queries: Queries, search: Search, reporter: Reporter, title: str = "Search held-out") -> Evidence:
+    """One search per held-out token."""
+    parts = []
+    with reporter.stage(title, len(queries.keys), "tokens") as advance:
+        for keys in torch.split(queries.keys, SEARCH_ROWS):
+            parts.append(search(keys))
+            advance(len(keys))
+    neighbors = Neighbors(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return Evidence(queries.base, neighbors, queries.targets, queries.blocks)

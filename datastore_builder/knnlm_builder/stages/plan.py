@@ -1,0 +1,282 @@
+"""Plan a build: read and tokenise every document once, choose what is held out, fix the order of entries.
+
+What comes out stays on disk (token ids, character spans, texts), so that memory does not grow with the corpus and every
+later stage can start from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knnlm_builder.corpus import (
+    CorpusStats,
+    NearDuplicateFilter,
+    SourceDocument,
+    is_candidate,
+    read_documents,
+    split_tail,
+)
+from knnlm_builder.progress import Reporter
+from knnlm_builder.settings import BuildSettings
+from knnlm_core.errors import EmptyCorpus
+from knnlm_core.lm.tokenizer import Tokenizer
+from knnlm_core.types import EntryRange
+from knnlm_core.windows import Window, rolling_windows
+
+# A held-out document that shares more of its 13-grams with the store than this goes into the store instead.
+MAX_CONTAINMENT = 0.5
+# With fewer held-out tokens than this, whole documents are too coarse: the tails of documents are held out.
+MIN_HELD_OUT_TOKENS = 1024
+
+_TOKENS, _SPANS, _TEXTS = "tokens.i32", "spans.i32", "texts.utf8"
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedDocument:
+    """A tokenised document, or a part of one.
+
+    Attributes:
+        digest: hex sha256 of the whole source document's id and text.
+        first_token: where its tokens begin in the plan's token file.
+        text_bytes: (start, size) of the whole source text in the plan's text file.
+        char_start, char_end: which characters of the source text are this document's; None for its end.
+    """
+
+    id: str
+    uri: str | None
+    title: str | None
+    licence: str | None
+    tags: tuple[str, ...]
+    digest: str
+    first_token: int
+    num_tokens: int
+    text_bytes: tuple[int, int]
+    char_start: int = 0
+    char_end: int | None = None
+
+    @property
+    def num_entries(self) -> int:
+        """Tokens with a context: all but the first."""
+        return max(0, self.num_tokens - 1)
+
+
+class ShardPlan(NamedTuple):
+    """Which windows make a shard, in order."""
+
+    number: int
+    entries: EntryRange
+    windows: Sequence[tuple[PlannedDocument, Window]]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What later stages need to know about the corpus.
+
+    Attributes:
+        documents: those of the store, in the order of their entries.
+        held_out_unit: ``documents``, or ``tails`` for a corpus of few documents.
+        near_duplicates: held-out candidates that went into the store.
+    """
+
+    folder: Path
+    documents: Sequence[PlannedDocument]
+    held_out: Sequence[PlannedDocument]
+    held_out_unit: str
+    near_duplicates: int
+    stats: CorpusStats
+
+    @property
+    def num_entries(self) -> int:
+        """Entries of the store."""
+        return sum(document.num_entries for document in self.documents)
+
+    def tokens(self, document: PlannedDocument) -> NDArray[np.int32]:
+        """(T,) token ids of a document, mapped from disk."""
+        return _read(self.folder / _TOKENS, document.first_token, document.num_tokens)
+
+    def spans(self, document: PlannedDocument) -> NDArray[np.int32]:
+        """(T, 2) character spans of a document's tokens in its own text."""
+        flat = _read(self.folder / _SPANS, 2 * document.first_token, 2 * document.num_tokens)
+        return np.maximum(flat.reshape(-1, 2) - document.char_start, 0)
+
+    def text(self, document: PlannedDocument) -> str:
+        """The document's own text."""
+        start, size = document.text_bytes
+        with (self.folder / _TEXTS).open("rb") as texts:
+            texts.seek(start)
+            return texts.read(size).decode()[document.char_start : document.char_end]
+
+    def shards(self, settings: BuildSettings) -> Iterator[ShardPlan]:
+        """Cut the store's windows into shards; a shard ends with the window that fills it."""
+        windows: list[tuple[PlannedDocument, Window]] = []
+        number = first = entries = 0
+        for document in self.documents:
+            for window in rolling_windows(document.num_tokens, settings.window, settings.stride):
+                windows.append((document, window))
+                entries += window.num_targets
+                if entries - first >= settings.shard_entries:
+                    yield ShardPlan(number, EntryRange(first, entries), windows)
+                    windows, number, first = [], number + 1, entries
+        if windows:
+            yield ShardPlan(number, EntryRange(first, entries), windows)
+
+
+def make_plan(settings: BuildSettings, tokenizer: Tokenizer, folder: Path, reporter: Reporter) -> Plan:
+    """Read, tokenise and split the corpus.
+
+    Documents are held out by a hash of their content, so that the choice depends neither on their order nor on their
+    number; those that the store nearly contains go into the store after all. A corpus of few documents has the tails
+    of its documents held out instead.
+
+    Raises: CorpusError: of any kind, from reading; EmptyCorpus when no token has a context.
+    """
+    stats = CorpusStats()
+    store: list[PlannedDocument] = []
+    candidates: list[PlannedDocument] = []
+    room = settings.max_tokens
+    num_candidate_tokens = 0
+    with reporter.stage("Read and tokenise", None, "tokens") as advance, _Spool(folder) as spool:
+        for source in read_documents(settings.inputs, stats=stats):
+            document = spool.add(source, tokenizer)
+            advance(document.num_tokens)
+            wanted = num_candidate_tokens < settings.held_out_max_tokens
+            if wanted and is_candidate(source.digest, settings.held_out_fraction, settings.seed):
+                candidates.append(document)
+                num_candidate_tokens += document.num_tokens
+            elif room is None or room > 0:
+                room = _append(store, [document], room, spool)
+            if room == 0 and num_candidate_tokens >= MIN_HELD_OUT_TOKENS:
+                break
+    plan = Plan(folder, store, [], "documents", 0, stats)
+    if not plan.num_entries and not candidates:
+        raise EmptyCorpus("the inputs hold fewer than 2 tokens, so no token has a context")
+    held_out, returned = _without_near_duplicates(plan, candidates, settings)
+    room = _append(store, returned, room, plan)
+    if sum(document.num_tokens for document in held_out) >= _needed(plan, settings):
+        return replace(plan, held_out=held_out, near_duplicates=len(returned))
+    _append(store, held_out, room, plan)
+    return _with_tails(replace(plan, near_duplicates=len(returned)), settings)
+
+
+class _Spool:
+    """Appends tokenised documents to the plan's files."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tokens = (folder / _TOKENS).open("wb")
+        self._spans = (folder / _SPANS).open("wb")
+        self._texts = (folder / _TEXTS).open("wb")
+        self._folder = folder
+        self._num_tokens = 0
+
+    def __enter__(self) -> _Spool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in (self._tokens, self._spans, self._texts):
+            file.close()
+
+    def add(self, source: SourceDocument, tokenizer: Tokenizer) -> PlannedDocument:
+        encoding = tokenizer.encode_with_spans(source.text)
+        text = source.text.encode()
+        document = PlannedDocument(
+            id=source.id,
+            uri=source.uri,
+            title=source.title,
+            licence=source.licence,
+            tags=source.tags,
+            digest=source.digest.hex(),
+            first_token=self._num_tokens,
+            num_tokens=len(encoding.token_ids),
+            text_bytes=(self._texts.tell(), len(text)),
+        )
+        self._tokens.write(encoding.token_ids.astype("<i4").tobytes())
+        self._spans.write(encoding.char_spans.astype("<i4").tobytes())
+        self._texts.write(text)
+        self._num_tokens += document.num_tokens
+        return document
+
+    def spans(self, document: PlannedDocument) -> NDArray[np.int32]:
+        self._spans.flush()
+        return _read(self._folder / _SPANS, 2 * document.first_token, 2 * document.num_tokens).reshape(-1, 2)
+
+
+def _read(path: Path, start: int, count: int) -> NDArray[np.int32]:
+    if not count:  # an empty range cannot be mapped
+        return np.empty(0, np.int32)
+    return np.memmap(path, dtype="<i4", mode="r", offset=4 * start, shape=(count,))
+
+
+def _head(document: PlannedDocument, num_tokens: int, spans: NDArray[np.int32]) -> PlannedDocument:
+    """The first tokens of a document and the text that they cover."""
+    return replace(document, num_tokens=num_tokens, char_end=document.char_start + int(spans[num_tokens - 1, 1]))
+
+
+def _append(
+    store: list[PlannedDocument], documents: Sequence[PlannedDocument], room: int | None, source: _Spool | Plan
+) -> int | None:
+    """Add documents to the store until it is full, cutting the one that fills it; returns the room left."""
+    for document in documents:
+        if room is not None and document.num_entries > room:
+            if room:
+                store.append(_head(document, room + 1, source.spans(document)))
+            return 0
+        store.append(document)
+        room = None if room is None else room - document.num_entries
+    return room
+
+
+def _without_near_duplicates(
+    plan: Plan, candidates: Sequence[PlannedDocument], settings: BuildSettings
+) -> tuple[list[PlannedDocument], list[PlannedDocument]]:
+    """Split candidates into those to hold out and those that the store nearly contains.
+
+    A candidate that returns to the store may itself contain another candidate, hence the rounds.
+    """
+    held_out, returned = list(candidates), list[PlannedDocument]()
+    passing: Sequence[PlannedDocument] = plan.documents
+    while passing and held_out:
+        near = NearDuplicateFilter({document.id: plan.tokens(document) for document in held_out})
+        for document in (*plan.documents, *returned):
+            near.observe(plan.tokens(document))
+        share = near.containment()
+        passing = [document for document in held_out if share[document.id] > MAX_CONTAINMENT]
+        held_out = [document for document in held_out if share[document.id] <= MAX_CONTAINMENT]
+        returned += passing
+    return held_out, returned
+
+
+def _needed(plan: Plan, settings: BuildSettings) -> int:
+    """Held-out tokens below which documents are too coarse a unit; less for a corpus that is tiny altogether."""
+    return min(MIN_HELD_OUT_TOKENS, int(plan.num_entries * settings.held_out_fraction))
+
+
+def _with_tails(plan: Plan, settings: BuildSettings) -> Plan:
+    """Hold out the end of every document, as a document of its own."""
+    heads, tails = [], []
+    budget = settings.held_out_max_tokens
+    for document in plan.documents:
+        cut = max(2, split_tail(document.num_tokens, settings.held_out_fraction))
+        cut = max(cut, document.num_tokens - budget)
+        if document.num_tokens - cut < 2:
+            heads.append(document)
+            continue
+        spans = plan.spans(document)
+        head = _head(document, cut, spans)
+        tails.append(
+            replace(
+                document,
+                id=f"{document.id}#tail",
+                first_token=document.first_token + cut,
+                num_tokens=document.num_tokens - cut,
+                char_start=document.char_start + int(spans[cut, 0]),
+            )
+        )
+        heads.append(head)
+        budget -= tails[-1].num_tokens
+    return replace(plan, documents=heads, held_out=tails, held_out_unit="tails")

@@ -1,0 +1,50 @@
+"""Verify a finished store as a reader would see it: every stored key must find itself."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from knnlm_builder.stages.plan import Plan
+from knnlm_core.datastore.reader import Datastore
+from knnlm_core.errors import VerifyFailed
+
+SELF_QUERIES = 256
+MIN_SELF_RECALL = 0.99
+
+
+class SelfCheck(NamedTuple):
+    """What the check measured."""
+
+    queries: int
+    self_recall: float
+
+
+def verify(datastore: Datastore, plan: Plan, *, nprobe: int, seed: int) -> SelfCheck:
+    """Counts agree with the plan, and stored keys find an entry at their own place.
+
+    Raises: VerifyFailed: naming the check, what was found and what is needed.
+    """
+    if datastore.entries != plan.num_entries:
+        raise VerifyFailed(f"the store holds {datastore.entries} entries, the plan has {plan.num_entries}")
+    if datastore.manifest.documents.count != len(plan.documents):
+        raise VerifyFailed(
+            f"the store holds {datastore.manifest.documents.count} documents, the plan has {len(plan.documents)}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randperm(datastore.entries, generator=generator)[:SELF_QUERIES]
+    found = datastore.search(datastore.keys(ids), 1, nprobe=nprobe or None)
+    # Repeated text has equal keys: any entry at distance 0 is the same place.
+    self_recall = float((found.distances[:, 0] == 0).double().mean())
+    if self_recall < MIN_SELF_RECALL:
+        raise VerifyFailed(f"self-recall is {self_recall:.4f}, at least {MIN_SELF_RECALL} is needed")
+    for document in plan.documents[:: max(1, len(plan.documents) // 8)]:
+        if not document.num_entries:
+            continue
+        entries = datastore.document_entries(document.id)
+        have = datastore.values(torch.arange(*entries))
+        need = torch.from_numpy(plan.tokens(document)[1:].astype("int64"))
+        if not torch.equal(have, need):
+            raise VerifyFailed(f"document {document.id!r}: its entries' values are not its tokens")
+    return SelfCheck(len(ids), self_recall)

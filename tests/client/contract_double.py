@@ -1,0 +1,320 @@
+"""A contract double: a real HTTP server on a real socket that answers the routes of the API with fixed bodies.
+
+It stands for the shapes of the contract alone; what the numbers mean is checked against the real server elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from knnlm_client import AsyncClient
+
+COMPLETION: dict[str, Any] = {
+    "id": "cmpl-1",
+    "object": "text_completion",
+    "created": 1_790_000_000,
+    "model": "smollm2@law",
+    "system_fingerprint": "lm-4f1c law:v3:2.0",
+    "choices": [
+        {
+            "index": 0,
+            "text": " shall",
+            "finish_reason": "length",
+            "logprobs": {
+                "tokens": ["The", " shall"],
+                "token_logprobs": [None, -0.25],
+                "top_logprobs": [None, {" shall": -0.25, " may": -1.5}],
+                "text_offset": [0, 3],
+            },
+            "knn": [
+                {
+                    "token_id": 523,
+                    "token": " shall",
+                    "searched": True,
+                    "decision": "search",
+                    "lambda": 0.25,
+                    "p_lm": 0.5,
+                    "p_knn": 0.75,
+                    "p": 0.5625,
+                    "neighbors": [
+                        {
+                            "entry_id": 71,
+                            "distance": 12.5,
+                            "weight": 0.75,
+                            "token": " shall",
+                            "document_id": "act-7",
+                            "uri": "https://example.org/act-7",
+                            "title": "Act 7",
+                            "licence": "CC0-1.0",
+                            "char_start": 10,
+                            "char_end": 16,
+                        }
+                    ],
+                }
+            ],
+        }
+    ],
+    "usage": {
+        "prompt_tokens": 1,
+        "completion_tokens": 1,
+        "total_tokens": 2,
+        "knn": {"searched": 1, "followed": 0, "skipped": 0, "drafted": 0, "accepted": 0},
+    },
+}
+
+
+def completion_chunk(text: str, *, finish_reason: str | None = None) -> dict[str, Any]:
+    """One streamed piece of the same completion."""
+    head = {name: COMPLETION[name] for name in ("id", "object", "created", "model", "system_fingerprint")}
+    return head | {"choices": [{"index": 0, "text": text, "finish_reason": finish_reason}]}
+
+
+CHUNKS = [
+    completion_chunk(" Käufer"),
+    completion_chunk(" muß", finish_reason="stop"),
+    completion_chunk("") | {"choices": [], "usage": COMPLETION["usage"]},
+]
+
+_LOSSES = {
+    "base": {"nll": 20.0, "perplexity": 54.5, "bits_per_byte": 1.5},
+    "mixed": {"nll": 18.0, "perplexity": 36.5, "bits_per_byte": 1.25},
+}
+SCORE: dict[str, Any] = {
+    "object": "score",
+    "model": "smollm2@law",
+    "system_fingerprint": "lm-4f1c law:v3:2.0",
+    "results": [
+        {
+            "index": 0,
+            "tokens": 5,
+            "bytes": 19,
+            "searched": 3,
+            **_LOSSES,
+            "per_token": [
+                {
+                    "id": 523,
+                    "token": " shall",
+                    "offset": 3,
+                    "base": -4.0,
+                    "mixed": -3.5,
+                    "lambda": 0.25,
+                    "decision": "search",
+                }
+            ],
+        }
+    ],
+    "total": {"tokens": 5, "bytes": 19, "searched": 3, **_LOSSES},
+}
+DATASTORE: dict[str, Any] = {
+    "object": "datastore",
+    "name": "law",
+    "version": "v3",
+    "generation": 2,
+    "state": "serving",
+    "entries": 50_000,
+    "bytes": 61_000_000,
+    "unit": "token",
+    "documents": 120,
+    "leases": 1,
+    "calibration": {"knn_temperature": 12.0, "lambda": 0.25},
+    "model_fingerprint": "4f1c",
+}
+MODELS: dict[str, Any] = {
+    "object": "list",
+    "data": [
+        {"id": "smollm2", "object": "model", "created": 1_790_000_000, "owned_by": "knnlm", "max_model_len": 2048},
+        {"id": "smollm2@law", "object": "model", "created": 1_790_000_000, "owned_by": "knnlm", "parent": "smollm2"},
+    ],
+}
+
+
+def sse(*bodies: dict[str, Any]) -> list[bytes]:
+    """Events with these JSON bodies, each as its own piece, in the bytes of the wire."""
+    return [f"data: {json.dumps(body, ensure_ascii=False)}\n\n".encode() for body in bodies]
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class SeenRequest:
+    """What arrived at the double."""
+
+    method: str
+    path: str  # as sent, still quoted
+    authorization: str | None
+    user_agent: str | None
+    body: Any
+
+
+@dataclass
+class StreamScript:
+    """What the next streams send: pieces in order, each only once the test has allowed it."""
+
+    pieces: list[bytes]
+    endless: bool = False  # begin anew after the last piece
+    breaks_off: bool = False  # close the connection instead of ending the answer
+    allowed: threading.Semaphore | None = None  # None: no waiting
+    closed: threading.Event = field(default_factory=threading.Event)  # the server has stopped sending
+
+    async def send(self) -> AsyncIterator[bytes]:
+        try:
+            while True:
+                for piece in self.pieces:
+                    while self.allowed is not None and not self.allowed.acquire(blocking=False):
+                        await asyncio.sleep(0.002)
+                    await asyncio.sleep(0)  # an endless stream must leave the loop time to see that nobody reads
+                    yield piece
+                if self.breaks_off:
+                    raise ConnectionAbortedError("as the test wishes")
+                if not self.endless:
+                    return
+        finally:
+            self.closed.set()
+
+
+@dataclass
+class ContractDouble:
+    """The double's address, what it has seen, and what it answers next.
+
+    Attributes:
+        next_answer: sent once instead of the route's own answer.
+        hang: the next answers come only once this is set.
+    """
+
+    url: str = ""
+    seen: list[SeenRequest] = field(default_factory=list)
+    next_answer: Response | None = None
+    hang: threading.Event | None = None
+    stream: StreamScript = field(default_factory=lambda: StreamScript([*sse(*CHUNKS), DONE]))
+
+    def reset(self) -> None:
+        """Forget the last test."""
+        if self.hang is not None:
+            self.hang.set()
+        fresh = ContractDouble()
+        self.seen, self.next_answer, self.hang, self.stream = fresh.seen, None, None, fresh.stream
+
+    def error(self, status: int, code: str, message: str = "no", **headers: str) -> None:
+        """Answer the next request with an error of the contract's shape."""
+        body = {"error": {"message": message, "type": "invalid_request_error", "param": "model", "code": code}}
+        self.next_answer = JSONResponse(
+            body, status, {name.replace("_", "-"): value for name, value in headers.items()}
+        )
+
+    def app(self) -> ASGIApp:
+        """The application: it records every request, then answers as the contract says."""
+        routes = _routes(self)
+
+        async def record_and_answer(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "http":
+                await routes(scope, receive, send)
+                return
+            body = await Request(scope, receive).body()
+            headers = dict(scope["headers"])
+            self.seen.append(
+                SeenRequest(
+                    method=scope["method"],
+                    path=scope["raw_path"].decode(),
+                    authorization=headers[b"authorization"].decode() if b"authorization" in headers else None,
+                    user_agent=headers[b"user-agent"].decode(),
+                    body=json.loads(body) if body else None,
+                )
+            )
+            hang = self.hang
+            while hang is not None and not hang.is_set():
+                await asyncio.sleep(0.002)
+            replay = [{"type": "http.request", "body": body, "more_body": False}]
+
+            async def receive_again() -> Message:
+                return replay.pop() if replay else await receive()
+
+            answer, self.next_answer = self.next_answer, None
+            await (answer or routes)(scope, receive_again, send)
+
+        return record_and_answer
+
+
+def _routes(double: ContractDouble) -> FastAPI:
+    app = FastAPI()
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        if (await request.json()).get("stream"):
+            return StreamingResponse(double.stream.send(), media_type="text/event-stream")
+        return JSONResponse(COMPLETION)
+
+    @app.post("/v1/score")
+    async def score() -> Response:
+        return JSONResponse(SCORE)
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse(MODELS)
+
+    @app.get("/v1/datastores")
+    async def datastores() -> Response:
+        return JSONResponse({"object": "list", "data": [DATASTORE]})
+
+    @app.get("/v1/datastores/{name:path}")
+    async def get_datastore(name: str) -> Response:
+        return JSONResponse(DATASTORE | {"name": name})
+
+    @app.put("/v1/datastores/{name}")
+    async def load_datastore(name: str, request: Request) -> Response:
+        return JSONResponse(DATASTORE | {"name": name, "version": (await request.json())["version"]}, 201)
+
+    @app.delete("/v1/datastores/{name}")
+    async def unload_datastore(name: str) -> Response:
+        return Response(status_code=204)
+
+    @app.get("/health")
+    @app.get("/ready")
+    async def status() -> Response:
+        return JSONResponse({})
+
+    return app
+
+
+class RunningDouble:
+    """The double behind uvicorn, in a thread, on a port that the system chose."""
+
+    def __init__(self) -> None:
+        self.double = ContractDouble()
+        # log_level: a stream that a test breaks off is no news; ws: the library would warn, and nothing uses it
+        config = uvicorn.Config(self.double.app(), port=0, log_level="critical", ws="none", lifespan="off")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, name="contract-double")
+
+    def __enter__(self) -> ContractDouble:
+        self._thread.start()
+        while not self._server.started:
+            assert self._thread.is_alive(), "the double did not start"
+            self._thread.join(0.005)
+        port = self._server.servers[0].sockets[0].getsockname()[1]
+        self.double.url = f"http://127.0.0.1:{port}"
+        return self.double
+
+    def __exit__(self, *error: object) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+
+def run_async(double: ContractDouble, call: Callable[[AsyncClient], Awaitable[Any]], **options: Any) -> Any:
+    """What an `AsyncClient` of the double returns, in an event loop of its own."""
+
+    async def run() -> Any:
+        async with AsyncClient(double.url, **options) as client:
+            return await call(client)
+
+    return asyncio.run(run())
