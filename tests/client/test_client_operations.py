@@ -57,6 +57,10 @@ ALL_COMPLETION_OPTIONS: StreamCompletionOptions = {
     "frequency_penalty": -0.5,
     "logit_bias": {11: -100.0},
     "ignore_eos": False,
+    "skip_special_tokens": True,
+    "stop_token_ids": [2],
+    "include_stop_str_in_output": True,
+    "repetition_penalty": 1.25,
     "user": "me",
     "knn": KnnOptions(
         datastore=[WeightedDatastore(name="law", weight=0.75)],
@@ -210,6 +214,11 @@ def test_keywords_and_request_models_have_the_same_fields(
     assert set(get_type_hints(CompletionOptions)) < set(get_type_hints(StreamCompletionOptions))
 
 
+def test_the_example_of_every_option_leaves_none_out() -> None:
+    assert set(ALL_COMPLETION_OPTIONS) == set(get_type_hints(StreamCompletionOptions))
+    assert set(SCORE_OPTIONS) == set(get_type_hints(ScoreOptions))
+
+
 @pytest.mark.parametrize(
     "prompt", ["text", ["a", "b"], ["1", "2"], [1, 2], [[1], [2, 3]], ("a",), (1, 2), ((1,), (2,)), []]
 )
@@ -271,6 +280,18 @@ def test_an_answer_survives_being_written_out_again(model: type[BaseModel], body
 def test_fields_of_a_newer_server_are_kept(double: ContractDouble, client: Client) -> None:
     double.next_answer = JSONResponse(DATASTORE | {"replicas": 3})
     assert client.datastores.get("law").model_extra == {"replicas": 3}
+
+
+def test_a_score_without_a_number_is_none(double: ContractDouble, client: Client) -> None:
+    # JSON has no infinity (λ = 1 can give a token no probability), and token ids have no character offsets.
+    nothing = {"nll": None, "perplexity": None, "bits_per_byte": None}
+    [result] = SCORE["results"]
+    result = result | {"mixed": nothing, "per_token": [result["per_token"][0] | {"offset": None}]}
+    double.next_answer = JSONResponse(SCORE | {"results": [result]})
+    [answer] = client.score([[1, 2]], model="m").results
+    assert (answer.mixed.nll, answer.mixed.perplexity, answer.base.nll) == (None, None, 20.0)
+    assert answer.per_token is not None
+    assert answer.per_token[0].offset is None
 
 
 def test_a_datastores_name_stays_inside_its_segment(double: ContractDouble, client: Client) -> None:

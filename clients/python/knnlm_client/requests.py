@@ -79,13 +79,17 @@ class CompletionOptions(TypedDict, total=False):
     min_p: float | None
     n: int | None
     stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    include_stop_str_in_output: bool | None
     seed: int | None
     logprobs: int | None
     echo: bool | None
     presence_penalty: float | None
     frequency_penalty: float | None
+    repetition_penalty: float | None
     logit_bias: Mapping[int, float] | None
     ignore_eos: bool | None
+    skip_special_tokens: bool | None
     user: str | None
     knn: KnnOptions | None
 
@@ -119,13 +123,17 @@ class CompletionRequest(_RequestPart):
     min_p: float | None = None
     n: int | None = None
     stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
     seed: int | None = None
     logprobs: int | None = None
     echo: bool | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
     ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
     user: str | None = None
     knn: KnnOptions | None = None
     stream_options: StreamOptions | None = None

@@ -100,9 +100,9 @@ class CompletionChunk(_CompletionAnswer):
 
 
 class Loss(_ResponsePart):
-    """How well a distribution predicts the scored tokens; None where there are none."""
+    """How well a distribution predicts the scored tokens; None where that is infinite or there are none."""
 
-    nll: float  # nats, summed
+    nll: float | None  # nats, summed
     perplexity: float | None
     bits_per_byte: float | None
 
@@ -112,8 +112,8 @@ class ScoredToken(_ResponsePart):
 
     id: int
     token: str
-    offset: int
-    base: float
+    offset: int | None  # characters before it; None where token ids were given
+    base: float  # log-probability, natural
     mixed: float
     lmbda: float = Field(validation_alias=AliasChoices("lambda", "lmbda"), serialization_alias="lambda")
     decision: str
@@ -173,6 +173,7 @@ class ModelCard(_ResponsePart):
     root: str | None = None
     parent: str | None = None
     max_model_len: int | None = None
+    datastore: str | None = None
 
 
 class DatastoreList(_ResponsePart):

@@ -40,7 +40,8 @@ class _Automaton:
         self.match: list[str | None] = [None]
         for stop in stops:
             # A stop string with another one before its last character can never be complete first. Without it, every
-            # state can still lead to a match, so nothing is held back in vain.
+            # state can still lead to a match, so nothing is held back in vain; and stop strings end at leaves alone,
+            # where the leaf's own is the longest of those that end there.
             if not any(other in stop[:-1] for other in stops):
                 self._insert(stop)
         self._link()
@@ -65,8 +66,6 @@ class _Automaton:
             node = queue.popleft()
             for char, child in self.children[node].items():
                 self.failure[child] = self.step(self.failure[node], char)
-                # The node's own stop string is longer than any that ends here as well.
-                self.match[child] = self.match[child] or self.match[self.failure[child]]
                 queue.append(child)
 
     def step(self, node: int, char: str) -> int:

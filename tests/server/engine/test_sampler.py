@@ -289,6 +289,12 @@ def test_borders_of_the_cumulative_distribution_never_pick_an_impossible_token(w
         assert weights[token] > 0
 
 
+def test_a_token_owns_the_lower_border_of_its_share() -> None:
+    weights = torch.tensor([[0.0, 1.0, 1.0, 0.0, 2.0]], dtype=torch.float64).expand(5, -1)
+    uniforms = torch.tensor([[0.0], [0.25], [0.5], [np.nextafter(0.5, 0)], [0.75]], dtype=torch.float64)
+    assert sampler._invert(weights, weights.cumsum(1), uniforms).tolist() == [1, 2, 4, 2, 4]
+
+
 @given(st.floats(1, 1e6))
 @settings(max_examples=200, deadline=None)
 def test_the_largest_uniform_still_lies_below_any_total(total: float) -> None:
