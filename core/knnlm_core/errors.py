@@ -44,7 +44,9 @@ from typing import ClassVar
 
 
 class KnnlmError(Exception):
-    """Base of every error raised on purpose.
+    """Something went wrong inside; the log says what.
+
+    Base of every error raised on purpose.
 
     Attributes:
         code: stable slug, the same in HTTP bodies and in the client.

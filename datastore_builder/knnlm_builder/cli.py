@@ -15,7 +15,7 @@ from knnlm_builder.settings import BuildSettings, read_settings
 def _option(field: str, *names: str) -> Any:
     """A command-line option that says what the setting of the same name says, default included."""
     info = BuildSettings.model_fields[field]
-    default = "" if info.is_required() or info.default in (None, False) else f" [default: {info.default}]"
+    default = "" if info.is_required() or info.default in (None, False) else f" (default: {info.default})"
     return typer.Option(*names, help=f"{info.description}{default}", show_default=False)
 
 

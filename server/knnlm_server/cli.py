@@ -11,9 +11,10 @@ from knnlm_server.settings import ServerSettings, read_settings
 
 
 def _option(field: str, *names: str, **more: Any) -> Any:
-    """A command-line option that says what the setting of the same name says."""
-    description = ServerSettings.model_fields[field].description
-    return typer.Option(*names, help=description, show_default=False, **more)
+    """A command-line option that says what the setting of the same name says, default included."""
+    info = ServerSettings.model_fields[field]
+    default = "" if info.is_required() or info.default in (None, ()) else f" (default: {info.default})"
+    return typer.Option(*names, help=f"{info.description}{default}", show_default=False, **more)
 
 
 def serve(

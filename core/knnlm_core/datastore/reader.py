@@ -232,6 +232,7 @@ class Datastore:
 
     def document(self, document_id: str) -> Document:
         """A document with its text. Raises DatastoreNotFound: no such document."""
+        self._open_shards()
         return self._documents.document(document_id)
 
     def document_entries(self, document_id: str) -> EntryRange:
@@ -305,6 +306,11 @@ class Datastore:
         values = np.full(ids.size, -1, dtype=np.int64)
         for shard, at, rows in self._by_shard(self._open_shards(), ids.ravel()):
             values[at] = shard.columns.values[rows]
+        if values.min(initial=-1) < -1 or values.max(initial=-1) >= self.manifest.lm.vocab_size:
+            raise DatastoreCorrupt(
+                f"{self.folder}: values must be in 0 … {self.manifest.lm.vocab_size - 1}, "
+                f"some are {values.min()} or {values.max()}"
+            )
         return values.reshape(ids.shape)
 
     def _neighbors(self, found: Found) -> Neighbors:

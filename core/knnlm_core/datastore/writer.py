@@ -75,7 +75,7 @@ class ShardWriter:
             )
         if value_array.dtype.kind not in "iu" or spans.dtype.kind not in "iu":
             raise BuildError(
-                f"{self._directory.name}: values and char_spans must be integers, got {value_array.dtype}, {spans.dtype}"
+                f"{self._directory.name}: values and spans must be integers, got {value_array.dtype}, {spans.dtype}"
             )
         columns = np.column_stack([value_array, spans])
         if n and (columns.min() < 0 or columns.max() > np.iinfo(np.int32).max or (spans[:, 0] > spans[:, 1]).any()):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.checksums import record_files
 from knnlm_core.datastore.documents import Document, DocumentsWriter
