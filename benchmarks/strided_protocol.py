@@ -64,7 +64,7 @@ def main() -> None:
         "entries": datastore["entries"],
         "pages": len(pages),
         "tokens": len(all_base),
-        "settings_used": {name: calibration[name] for name in ("k", "knn_temperature", "lambda")},
+        "settings_used": {name: calibration[name] for name in ("k", "temperature", "lambda")},
         "calibration_report": {n: calibration["report"][n] for n in ("tokens", "base", "mixed", "gain")},
         "perplexity": {"base": math.exp(-float(all_base.mean())), "mixed": math.exp(-float(all_mixed.mean()))},
         "gain": by_block.gain,

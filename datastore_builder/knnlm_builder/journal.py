@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from knnlm_core.errors import BuildConflict
+from knnlm_core.errors import BuildConflict, InvalidParameter
 
 LOCK = "build.lock"
 _PLAN = "plan.tmp"
@@ -20,10 +20,16 @@ def exclusive(folder: Path) -> Iterator[Path]:
 
     The lock ends with the process, however it ends, so a killed build blocks nobody.
 
-    Raises: BuildConflict: another process is building the same name.
+    Raises:
+        BuildConflict: another process is building the same name.
+        InvalidParameter: the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("w")
+    except OSError as error:
+        raise InvalidParameter(f"`output`: {folder} cannot be written: {error.strerror}", param="output") from error
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -13,7 +13,8 @@ from pydantic import JsonValue
 from knnlm_builder.journal import discard_other_builds, exclusive
 from knnlm_builder.progress import Reporter
 from knnlm_builder.settings import BuildSettings
-from knnlm_builder.stages.calibrate import MAX_K, calibrate
+from knnlm_builder.stages.calibrate import MAX_K, MIN_SCORED_TOKENS, calibrate
+from knnlm_builder.stages.curve import CURVE, Curve, draw_curves
 from knnlm_builder.stages.held_out import encode_held_out
 from knnlm_builder.stages.plan import Plan, ShardPlan, make_plan
 from knnlm_builder.stages.recall import RecallGate, choose_nprobe
@@ -27,6 +28,7 @@ from knnlm_core.datastore.index import choose_index
 from knnlm_core.datastore.manifest import (
     ContextSection,
     DocumentsSection,
+    FileRecord,
     IndexSpec,
     KeySection,
     LMSection,
@@ -39,7 +41,6 @@ from knnlm_core.datastore.reader import Datastore
 from knnlm_core.errors import DatastoreDoesNotHelp, EmptyCorpus
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.loading import LoadOptions, load_lm
-from knnlm_core.windows import check_window
 
 
 class BuildResult(NamedTuple):
@@ -67,10 +68,10 @@ def run_build(settings: BuildSettings, reporter: Reporter) -> BuildResult:
 
 def build_with(lm: HuggingFaceLM, settings: BuildSettings, reporter: Reporter) -> BuildResult:
     """`run_build` with a model that is loaded already."""
-    check_window(settings.window, settings.stride, lm.max_length)
+    windowing = settings.windowing(lm.max_length)
     home = layout.name_folder(settings.output, settings.name)
     with exclusive(home) as plan_folder:
-        plan = make_plan(settings, lm.tokenizer, plan_folder, reporter)
+        plan = make_plan(settings, windowing, lm.tokenizer, plan_folder, reporter)
         _say_plan(plan, reporter)
         inputs = _inputs(plan, lm, settings)
         version = version_of(inputs)
@@ -87,7 +88,7 @@ def _build(
     lm: HuggingFaceLM, plan: Plan, settings: BuildSettings, version: str, inputs: dict[str, JsonValue], folder: Path,
     reporter: Reporter,
 ) -> BuildResult:  # fmt: skip
-    shards = list(plan.shards(settings))
+    shards = list(plan.shards(settings.shard_entries))
     with reporter.stage("Encode", plan.num_entries, "tokens") as advance:
         for shard in shards:
             path = folder / layout.shard_name(shard.number)
@@ -96,15 +97,15 @@ def _build(
     spec = choose_index(plan.num_entries, lm.identity.key_dim, MAX_K, seed=settings.seed)
     build_indexes(folder, shards, spec, lm.identity.key_dim, settings.seed, reporter)
 
-    _write_manifest(folder, plan, shards, spec, lm, settings, version, inputs, {})
-    queries = encode_held_out(
-        lm, plan, plan.held_out, window=settings.window, stride=settings.stride, batch_tokens=settings.batch_tokens,
-        reporter=reporter,
-    )  # fmt: skip
+    manifest = _manifest(plan, shards, spec, lm, settings.name, version, inputs, _checksums(folder, reporter))
+    manifest.write(folder / layout.MANIFEST)
+    queries = encode_held_out(lm, plan, plan.held_out, batch_tokens=settings.batch_tokens, reporter=reporter)
     datastore = Datastore.open_folder(folder)
     try:
         gate, gate_queries = choose_nprobe(datastore, queries, min(MAX_K, datastore.entries), seed=settings.seed)
-        calibration = calibrate(datastore, plan, queries, settings, nprobe=gate.nprobe, reporter=reporter)
+        calibration, curves = calibrate(
+            datastore, plan, queries, seed=settings.seed, nprobe=gate.nprobe, reporter=reporter
+        )
         check = verify(datastore, plan, nprobe=gate.nprobe, seed=settings.seed)
     finally:
         datastore.close()
@@ -114,10 +115,11 @@ def _build(
             f"on held-out text the mixture reaches perplexity {_perplexity(calibration, 'mixed'):.3f}, the base LM "
             f"alone {_perplexity(calibration, 'base'):.3f}; nothing is published (--force publishes all the same)"
         )
-    quality = _quality(gate, gate_queries, check, calibration, settings)
+    # What the files hold has not changed since they were hashed: only the manifest learns something.
     spec = spec.model_copy(update={"nprobe": gate.nprobe})
-    _write_manifest(folder, plan, shards, spec, lm, settings, version, inputs, quality)
-    _publish(settings, version, calibration)
+    quality = _quality(gate, gate_queries, check, calibration, settings)
+    manifest.model_copy(update={"index": spec, "quality": quality}).write(folder / layout.MANIFEST)
+    _publish(settings, version, calibration, curves, reporter)
     reporter.say(f"Published {settings.name} version {version}: {plan.num_entries:,} entries, under {settings.output}")
     return BuildResult(settings.name, version, plan.num_entries, calibration, was_published=False)
 
@@ -130,8 +132,8 @@ def _inputs(plan: Plan, lm: HuggingFaceLM, settings: BuildSettings) -> dict[str,
         "model_fingerprint": identity.model_fingerprint,
         "tokenizer_fingerprint": identity.tokenizer_fingerprint,
         "key_tap": identity.key_tap,
-        "window": settings.window,
-        "stride": settings.stride,
+        "window": plan.windowing.window,
+        "stride": plan.windowing.stride,
         "shard_entries": settings.shard_entries,
         "seed": settings.seed,
         "held_out_fraction": settings.held_out_fraction,
@@ -155,18 +157,25 @@ def _write_documents(plan: Plan, folder: Path) -> None:
                 writer.add(Document(d.id, plan.text(d), d.uri, d.title, d.licence, d.tags), entries)
 
 
-def _write_manifest(
-    folder: Path, plan: Plan, shards: Sequence[ShardPlan], spec: IndexSpec, lm: HuggingFaceLM, settings: BuildSettings,
-    version: str, inputs: dict[str, JsonValue], quality: dict[str, int | float | str | bool],
-) -> None:  # fmt: skip
+def _checksums(folder: Path, reporter: Reporter) -> dict[str, FileRecord]:
+    """Hash every file of the build, with progress: large ones take a while."""
+    total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != layout.MANIFEST)
+    with reporter.stage("Checksums", total, "bytes") as advance:
+        return record_files(folder, advance)
+
+
+def _manifest(
+    plan: Plan, shards: Sequence[ShardPlan], spec: IndexSpec, lm: HuggingFaceLM, name: str, version: str,
+    inputs: dict[str, JsonValue], files: dict[str, FileRecord],
+) -> Manifest:  # fmt: skip
     identity = lm.identity
-    Manifest(
-        name=settings.name,
+    return Manifest(
+        name=name,
         version=version,
         lm=LMSection.of(identity),
         key=KeySection(tap=identity.key_tap, dim=identity.key_dim),
         context=ContextSection(
-            window=settings.window, stride=settings.stride, bos_token_ids=lm.tokenizer.bos_token_ids
+            window=plan.windowing.window, stride=plan.windowing.stride, bos_token_ids=lm.tokenizer.bos_token_ids
         ),
         entries=plan.num_entries,
         shards=tuple(
@@ -180,9 +189,9 @@ def _write_manifest(
         index=spec,
         documents=DocumentsSection(count=len(plan.documents)),
         build=inputs,
-        quality=quality,
-        files=record_files(folder),
-    ).write(folder / layout.MANIFEST)
+        quality={},
+        files=files,
+    )
 
 
 def _quality(
@@ -201,11 +210,15 @@ def _quality(
     }
 
 
-def _publish(settings: BuildSettings, version: str, calibration: Calibration) -> None:
+def _publish(
+    settings: BuildSettings, version: str, calibration: Calibration, curves: Sequence[Curve], reporter: Reporter
+) -> None:
     """Calibration first, then the version, then CURRENT: each step leaves what readers see whole."""
     # A calibration of a version that was never published is what an interrupted build left.
     shutil.rmtree(layout.calibration_folder(settings.output, settings.name, calibration.id), ignore_errors=True)
-    write_calibration(settings.output, settings.name, calibration)
+    beside = write_calibration(settings.output, settings.name, calibration)
+    if not draw_curves(beside / CURVE, curves, calibration):
+        reporter.say(f"{CURVE} is not drawn: matplotlib is not installed (pip install 'knnlm[plot]')")
     publish(settings.output, settings.name, version, calibration.id)
 
 
@@ -234,9 +247,10 @@ def _calibration_of(settings: BuildSettings, version: str) -> Calibration | None
 def _say_plan(plan: Plan, reporter: Reporter) -> None:
     if not plan.num_entries:
         raise EmptyCorpus("the inputs hold fewer than 2 tokens for the store, so no token has a context")
-    if not sum(document.num_entries for document in plan.held_out):
+    if sum(document.num_entries for document in plan.held_out) < MIN_SCORED_TOKENS:
         raise EmptyCorpus(
-            f"the inputs hold {plan.num_entries + 1} tokens: too few to hold any out for calibration; give more text"
+            f"the inputs hold {plan.num_entries + 1} tokens for the store: too few to hold any out for calibration; "
+            "give more text"
         )
     held_out = sum(document.num_tokens for document in plan.held_out)
     reporter.say(plan.stats.summary())

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from knnlm_core.errors import InvalidParameter
+from knnlm_core.windows import check_window
+
+DEFAULT_WINDOW = 1024
+
+
+class Windowing(NamedTuple):
+    """How documents are cut; see `knnlm_core.windows`."""
+
+    window: int
+    stride: int
 
 
 class BuildSettings(BaseModel):
@@ -20,8 +31,12 @@ class BuildSettings(BaseModel):
     )
     output: Path = Field(description="Root folder that the datastore is published under.")
     name: str = Field(description="Name of the datastore.")
-    window: int = Field(default=1024, ge=2, description="Tokens that the LM sees at once; 1024 by default.")
-    stride: int = Field(default=512, ge=1, description="Tokens that each window after the first adds; 512 by default.")
+    window: int | None = Field(
+        default=None, ge=2, description="Tokens that the LM sees at once; by default 1024, or its context if shorter."
+    )
+    stride: int | None = Field(
+        default=None, ge=1, description="Tokens that each window after the first adds; by default half the window."
+    )
     max_tokens: int | None = Field(default=None, ge=2, description="Stop once the store has this many entries.")
     held_out_fraction: float = Field(
         default=0.05, gt=0, le=0.5, description="Share of the text kept out of the store to calibrate on."
@@ -35,6 +50,13 @@ class BuildSettings(BaseModel):
     batch_tokens: int = Field(default=4096, ge=1, description="Padded tokens per forward pass.")
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of the held-out choice, k-means and sampling.")
     force: bool = Field(default=False, description="Publish even a store that does not help on held-out text.")
+
+    def windowing(self, max_length: int) -> Windowing:
+        """Window and stride for an LM of this context. Raises InvalidParameter: what was given does not fit."""
+        window = min(DEFAULT_WINDOW, max_length) if self.window is None else self.window
+        stride = window // 2 if self.stride is None else self.stride
+        check_window(window, stride, max_length)
+        return Windowing(window, stride)
 
 
 def read_settings(**given: object) -> BuildSettings:

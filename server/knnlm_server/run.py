@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 
@@ -43,6 +44,8 @@ def run_server(settings: ServerSettings) -> None:
     server = uvicorn.Server(config)
     host, port = sock.getsockname()[:2]
     print(f"knnlm listens on http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
+    # uvicorn drains, then raises the signal again for whoever handled it before: being told to stop is no failure.
+    signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))
     server.run(sockets=[sock])
     if failed:
         raise ServiceError("the server could not start; the log says why")

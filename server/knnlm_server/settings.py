@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from knnlm_core.errors import InvalidParameter
 
@@ -24,7 +24,7 @@ class ServerSettings(BaseSettings):
     datastores: Path | None = Field(
         default=None, description="Folder of published datastores; none serves the LM alone."
     )
-    load: tuple[str, ...] = Field(
+    load: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(), description="Datastores to load at start; by default all under the folder."
     )
     default_datastore: str | None = Field(
@@ -59,12 +59,21 @@ class ServerSettings(BaseSettings):
         le=3600,
         description="Seconds that running requests get at shutdown or when a store is unloaded.",
     )
-    api_key: SecretStr | None = Field(default=None, description="Key that every /v1 route asks for; by default none.")
+    api_key: SecretStr | None = Field(
+        default=None, min_length=1, description="Key that every /v1 route asks for; by default none."
+    )
     admin_key: SecretStr | None = Field(
         default=None,
+        min_length=1,
         description="Key for routes that change datastores; without one they work only when bound to loopback.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="What is logged.")
+
+    @field_validator("load", mode="before")
+    @classmethod
+    def _names(cls, given: object) -> object:
+        """In the environment, names are separated by commas."""
+        return tuple(name.strip() for name in given.split(",") if name.strip()) if isinstance(given, str) else given
 
     @property
     def is_loopback(self) -> bool:

@@ -56,14 +56,26 @@ def model_fingerprint(model: nn.Module, config: Any) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hex digest (32 digits) of a tokenizer's vocabulary and of its behaviour on awkward text."""
+    """Hex digest (32 digits) of a tokenizer's vocabulary, merges and behaviour on awkward text."""
     digest = hashlib.sha256()
     digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+    digest.update(json.dumps(_segmentation(tokenizer)).encode())
     for probe in _PROBES:
         for special in (False, True):
             ids = tokenizer.encode(probe, add_special_tokens=special)
             digest.update(json.dumps(ids).encode())
     return digest.hexdigest()[:32]
+
+
+def _segmentation(tokenizer: Any) -> list[Any]:
+    """What decides between the ways to cut a word: BPE merges in their order, unigram scores; else nothing.
+
+    No probe can be long enough to meet every merge.
+    """
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    if "merges" in model:
+        return [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
+    return model["vocab"] if isinstance(model["vocab"], list) else []
 
 
 def _tensor_digest(tensor: Tensor) -> bytes:

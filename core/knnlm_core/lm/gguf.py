@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import CONFIG_NAME
 
-from knnlm_core.errors import ModelLoadError
+from knnlm_core.errors import KnnlmError, ModelLoadError
+from knnlm_core.lm.checkpoint import check_complete, first_line
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -26,10 +29,15 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         if file.read(4) != b"GGUF":
             raise ModelLoadError(f"{path} is not a GGUF file: it does not start with the bytes 'GGUF'")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=dtype, output_loading_info=True
+        )
+        check_complete(str(path), info)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelLoadError(f"{path}: {error}") from error
+    except KnnlmError:
+        raise
+    except Exception as error:  # a damaged file can fail anywhere in the reader, with any class of error
+        raise ModelLoadError(f"{path}: {first_line(error)}") from error
     # The tensors are dense now; what is left of the quantisation only keeps the model from being saved.
     for attribute in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, attribute):
@@ -42,12 +50,35 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 def convert_gguf(path: Path, folder: Path) -> None:
     """Write a GGUF file as a folder of safetensors, which loads in a second instead of half a minute.
 
-    The folder appears whole or not at all.
+    The folder appears whole or not at all, and everybody may read it. One that holds a model already is left as it is:
+    of several conversions at once the first does the work and the others wait for it.
+
+    Raises: ModelLoadError: as `load_gguf`, or something else stands in the folder's place.
     """
-    model, tokenizer = load_gguf(path, torch.float32)
-    partial = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    os.replace(partial, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process, however it ends
+        if (folder / CONFIG_NAME).is_file():
+            return
+        model, tokenizer = load_gguf(path, torch.float32)
+        partial = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(partial, ignore_errors=True)  # what a conversion left that was killed
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        for file in partial.iterdir():
+            file.chmod(0o644)  # safetensors writes for its owner alone
+            _sync(file)
+        _sync(partial)
+        try:
+            os.rename(partial, folder)
+        except OSError as error:
+            raise ModelLoadError(f"{folder} cannot be made: {error.strerror}; remove what is there") from error
+        _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

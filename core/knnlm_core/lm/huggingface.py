@@ -120,6 +120,7 @@ class HuggingFaceLM:
             raise InvalidParameter(f"`length` must be in 0 … {self._lengths[sequence]}, got {length}", param="length")
         self._lengths[sequence] = length
 
+    @torch.inference_mode()
     def copy(self, sequence: SequenceId) -> SequenceId:
         length = self._lengths[sequence]
         fork = self.allocate()

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from knnlm_core.errors import InvalidParameter, ModelLoadError, ModelNotFound
+from knnlm_core.errors import InvalidParameter, KnnlmError, ModelLoadError, ModelNotFound
+from knnlm_core.lm.checkpoint import check_complete, first_line
 from knnlm_core.lm.gguf import load_gguf
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.tokenizer import Tokenizer
@@ -81,11 +82,15 @@ def model_name(model: str) -> str:
 
 def _load(model: str, dtype: torch.dtype) -> tuple[Any, Any]:
     path = Path(model).expanduser()
+    if not model.strip():
+        raise ModelNotFound(f"`model` must be a folder, a hub id or a GGUF file, got {model!r}", param="model")
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelLoadError(f"{path} is a file but not a .gguf; give a folder, a hub id or a GGUF file")
         return load_gguf(path, dtype)
     if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelNotFound(f"there is no model in the folder {str(path)!r}: it has no config.json", param="model")
         return _from_pretrained(str(path), dtype)
     if not _HUB_ID.match(model) or model.endswith(".gguf"):
         raise ModelNotFound(f"there is no model at {model!r}: no such folder or file, and not a hub id", param="model")
@@ -93,15 +98,21 @@ def _load(model: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    what = "model"
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        check_complete(source, info)
+        what = "tokenizer of model"
         return model, AutoTokenizer.from_pretrained(source)
     except OSError as error:
-        # transformers raises OSError both for a missing file and for a hub that has no such id or does not answer
-        first_line = str(error).strip().splitlines()[0]
-        raise ModelNotFound(f"model {source!r} cannot be read: {first_line}", param="model") from error
-    except (ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise ModelLoadError(f"model {source!r} does not load: {error}", param="model") from error
+        if Path(source).is_dir():
+            raise ModelLoadError(f"{what} {source!r} does not load: {first_line(error)}", param="model") from error
+        # transformers raises OSError both for a hub that has no such id and for one that does not answer
+        raise ModelNotFound(f"{what} {source!r} cannot be read: {first_line(error)}", param="model") from error
+    except KnnlmError:
+        raise
+    except Exception as error:  # of any class: safetensors and tokenizers derive theirs from Exception itself
+        raise ModelLoadError(f"{what} {source!r} does not load: {first_line(error)}", param="model") from error
 
 
 def _eos_token_ids(model: Any) -> tuple[int, ...]:
@@ -113,12 +124,12 @@ def _eos_token_ids(model: Any) -> tuple[int, ...]:
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InvalidParameter(f"`device` must be auto, cpu or cuda[:N], got {name!r}", param="device") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidParameter(f"`device` is {name!r}, but torch finds no CUDA device here", param="device")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise InvalidParameter(f"`device` must be auto, cpu or cuda[:N], got {name!r}", param="device")
+    device = torch.device(name)
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise InvalidParameter(f"`device` is {name!r}, but torch finds {found} CUDA devices here", param="device")
     return device
 
 

@@ -145,12 +145,12 @@ def _read_file(reader: Reader, file: SourceFile, stats: CorpusStats) -> Iterator
         check_document_id(file.name)
     except ValueError as error:
         raise UnreadableInput(f"file name {file.name!r} cannot be a document id: {error}") from None
+    stats.files_read += 1
     try:
         yield from reader(file, stats)
     except OSError as error:
         problem = os.strerror(error.errno) if error.errno else error  # Arrow's own wording repeats the path
         raise UnreadableInput(f"{file.path} cannot be read: {problem}") from None
-    stats.files_read += 1
 
 
 def read_text(file: SourceFile, stats: CorpusStats) -> Iterator[SourceDocument]:

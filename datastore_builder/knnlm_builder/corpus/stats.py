@@ -14,7 +14,7 @@ _MAX_LISTED = 10
 class CorpusStats:
     """Counters that `read_documents` fills while it is iterated."""
 
-    files_read: int = 0
+    files_read: int = 0  # or begun: a build that has enough text stops in the middle of a file
     documents: int = 0
     characters: int = 0
     blank_documents: int = 0  # fewer than two non-space characters: read, but not passed on

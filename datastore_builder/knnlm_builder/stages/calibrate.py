@@ -11,14 +11,24 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from knnlm_builder.progress import Reporter
-from knnlm_builder.settings import BuildSettings
-from knnlm_builder.stages.fit import LMBDAS, Evidence, Interval, bootstrap_gain, choose, mixed_log_probs
+from knnlm_builder.stages.curve import Curve, lmbda_curves
+from knnlm_builder.stages.fit import (
+    LMBDAS,
+    TAU_FACTORS,
+    TAU_STEPS_PER_OCTAVE,
+    Evidence,
+    Interval,
+    bootstrap_gain,
+    choose,
+    mixed_log_probs,
+)
 from knnlm_builder.stages.held_out import BLOCK_TOKENS, Queries, search_all
 from knnlm_builder.stages.plan import Plan, PlannedDocument
 from knnlm_core.datastore.calibration import Calibration, calibration_id
 from knnlm_core.datastore.reader import Datastore
 
 MAX_K = 1024
+MIN_SCORED_TOKENS = 2  # one to fit on, one to report on
 
 
 class Report(NamedTuple):
@@ -40,9 +50,16 @@ class Report(NamedTuple):
         return math.exp(self.mixed_nll)
 
 
+class Calibrated(NamedTuple):
+    """A calibration and what there is to draw of it."""
+
+    calibration: Calibration
+    curves: Sequence[Curve]
+
+
 def calibrate(
-    datastore: Datastore, plan: Plan, queries: Queries, settings: BuildSettings, *, nprobe: int, reporter: Reporter
-) -> Calibration:
+    datastore: Datastore, plan: Plan, queries: Queries, *, seed: int, nprobe: int, reporter: Reporter
+) -> Calibrated:
     """Choose k, τ and λ for one version.
 
     Every second held-out document (by hash) is for fitting, the others are for the report; a single document is cut in
@@ -52,21 +69,26 @@ def calibrate(
     evidence = search_all(queries, lambda keys: datastore.search(keys, k, nprobe=nprobe or None), reporter)
     for_fit = _fit_rows(queries, plan.held_out)
     chosen, fits = choose(evidence.take(for_fit.nonzero()[:, 0]))
-    report = measure(
-        evidence.take((~for_fit).nonzero()[:, 0]), chosen.k, chosen.knn_temperature, chosen.lmbda, settings.seed
-    )
+    for_report = evidence.take((~for_fit).nonzero()[:, 0])
+    report = measure(for_report, chosen.k, chosen.knn_temperature, chosen.lmbda, seed)
     protocol: dict[str, JsonValue] = {
         "held_out_unit": plan.held_out_unit,
         "held_out_documents": [document.id for document in plan.held_out],
         "held_out_digests": [document.digest for document in plan.held_out],
-        "window": settings.window,
-        "stride": settings.stride,
+        "window": plan.windowing.window,
+        "stride": plan.windowing.stride,
         "max_k": k,
-        "lambda_grid": list(LMBDAS),
+        "lambda_grid": {"first": LMBDAS[0], "last": LMBDAS[-1], "step": LMBDAS[0]},
+        "temperature_grid": {
+            "times": "median squared distance of the nearest neighbour",
+            "first": TAU_FACTORS[0],
+            "last": TAU_FACTORS[-1],
+            "steps_per_octave": TAU_STEPS_PER_OCTAVE,
+        },
         "bootstrap_block_tokens": BLOCK_TOKENS,
-        "seed": settings.seed,
+        "seed": seed,
     }
-    return Calibration(
+    calibration = Calibration(
         id=calibration_id(datastore.version, protocol),
         datastore_version=datastore.version,
         k=chosen.k,
@@ -85,6 +107,7 @@ def calibrate(
         },
         helps=report.mixed_nll < report.base_nll,
     )
+    return Calibrated(calibration, lmbda_curves(for_report, fits))
 
 
 def measure(evidence: Evidence, k: int, knn_temperature: float, lmbda: float, seed: int) -> Report:
@@ -101,12 +124,13 @@ def measure(evidence: Evidence, k: int, knn_temperature: float, lmbda: float, se
 
 def _fit_rows(queries: Queries, documents: Sequence[PlannedDocument]) -> Tensor:
     """(N,) bool: which tokens are for fitting; whole documents, about half of the tokens."""
-    count = len(queries.targets)
-    if len(documents) == 1:
+    scored = [document for document in documents if document.num_entries]
+    if len(scored) == 1:
+        count = len(queries.targets)
         return torch.arange(count) < count // 2
     sizes = [0, 0]
     for_fit = []
-    for document in sorted(documents, key=lambda d: (d.digest, d.id)):
+    for document in sorted(scored, key=lambda d: (d.digest, d.id)):
         side = 0 if sizes[0] <= sizes[1] else 1
         sizes[side] += document.num_entries
         if side == 0:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from knnlm_builder.progress import Advance
 from knnlm_builder.stages.plan import Plan, PlannedDocument
 from knnlm_core.lm.protocol import CausalLM
 from knnlm_core.windows import Window
@@ -31,9 +32,9 @@ class EncodedWindow(NamedTuple):
 
 
 def encode_windows(
-    lm: CausalLM, plan: Plan, windows: Iterable[tuple[PlannedDocument, Window]], batch_tokens: int
+    lm: CausalLM, plan: Plan, windows: Iterable[tuple[PlannedDocument, Window]], batch_tokens: int, advance: Advance
 ) -> Iterator[EncodedWindow]:
-    """Encode windows in passes of similar length and yield them in the order given.
+    """Encode windows in passes of similar length and yield them in the order given; progress after every pass.
 
     The row at position t predicts token t + 1, so a window's last token is never fed to the LM.
     """
@@ -41,7 +42,7 @@ def encode_windows(
     while ahead := list(islice(source, LOOKAHEAD)):
         inputs = [plan.tokens(document)[window.begin : window.end - 1] for document, window in ahead]
         done: list[EncodedWindow | None] = [None] * len(ahead)
-        for batch in _batches([len(ids) for ids in inputs], batch_tokens):
+        for batch in batches_by_length([len(ids) for ids in inputs], batch_tokens):
             first_rows = [ahead[i][1].first_target - 1 - ahead[i][1].begin for i in batch]
             rows = lm.encode([torch.from_numpy(inputs[i].astype(np.int64)) for i in batch], first_rows)  # type: ignore[misc]
             sizes = [ahead[i][1].num_targets for i in batch]
@@ -53,10 +54,11 @@ def encode_windows(
                 done[i] = EncodedWindow(
                     document, window, keys, hidden, plan.tokens(document)[targets], plan.spans(document)[targets]
                 )
+            advance(sum(sizes))
         yield from (item for item in done if item is not None)
 
 
-def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Indices in passes of similar length, each at most ``batch_tokens`` with its padding (or a single window)."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

@@ -20,7 +20,8 @@ K_CHOICES = (8, 32, 128, 1024)
 K_TOLERANCE = 0.002
 LMBDAS = tuple(i / 100 for i in range(1, 100))
 # τ is searched around the median distance of the nearest neighbour, which scales with the model.
-_TAU_FACTORS = tuple(2.0 ** (i / 2) for i in range(-14, 7))  # 1/128 … 8
+TAU_STEPS_PER_OCTAVE = 2
+TAU_FACTORS = tuple(2.0 ** (i / TAU_STEPS_PER_OCTAVE) for i in range(-14, 7))  # 1/128 … 8
 
 
 class Evidence(NamedTuple):
@@ -67,7 +68,7 @@ def fit(evidence: Evidence, k: int) -> Fit:
     scale = max(float(nearest.median()) if len(nearest) else 1.0, 1e-3)
     base = evidence.base.double()
     best = Fit(k, scale, 0.0, -float(base.mean()))
-    for factor in _TAU_FACTORS:
+    for factor in TAU_FACTORS:
         tau = torch.full((len(base),), scale * factor)
         knn = target_log_probs(evidence.neighbors, evidence.targets, knn_temperature=tau).double()
         for lmbda in LMBDAS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,6 @@ from knnlm_builder.stages.plan import Plan, PlannedDocument
 from knnlm_core.lm.head import log_probs_of_targets
 from knnlm_core.lm.protocol import CausalLM
 from knnlm_core.types import Neighbors
-from knnlm_core.windows import rolling_windows
 
 Search = Callable[[Tensor], Neighbors]
 
@@ -39,29 +39,28 @@ class Queries(NamedTuple):
 
 
 def encode_held_out(
-    lm: CausalLM, plan: Plan, documents: Sequence[PlannedDocument], *, window: int, stride: int, batch_tokens: int,
-    reporter: Reporter,
-) -> Queries:  # fmt: skip
+    lm: CausalLM, plan: Plan, documents: Sequence[PlannedDocument], *, batch_tokens: int, reporter: Reporter
+) -> Queries:
     """Run held-out documents through the LM, each token once, with left context as at build and in scoring."""
-    windows = [(d, w) for d in documents for w in rolling_windows(d.num_tokens, window, stride)]
+    windows = [(d, w) for d in documents for w in plan.windows(d)]
     order = {id(document): i for i, document in enumerate(documents)}
+    sizes = [-(-document.num_entries // BLOCK_TOKENS) for document in documents]
+    first_block = [0, *accumulate(sizes)]
     columns: list[tuple[Tensor, ...]] = []
-    blocks = 0
     with reporter.stage("Encode held-out text", sum(w.num_targets for _, w in windows), "tokens") as advance:
-        for part in encode_windows(lm, plan, windows, batch_tokens):
+        for part in encode_windows(lm, plan, windows, batch_tokens, advance):
             targets = torch.from_numpy(part.values.astype("int64"))
-            count = len(targets)
+            count, document = len(targets), order[id(part.document)]
+            positions = part.window.first_target - 1 + torch.arange(count)
             columns.append(
                 (
                     part.keys.cpu(),
                     log_probs_of_targets(lm, part.hidden, targets.to(part.hidden.device)).cpu(),
                     targets,
-                    blocks + torch.arange(count) // BLOCK_TOKENS,
-                    torch.full((count,), order[id(part.document)]),
+                    first_block[document] + positions // BLOCK_TOKENS,
+                    torch.full((count,), document),
                 )
             )
-            blocks += -(-count // BLOCK_TOKENS)
-            advance(count)
     return Queries(*(torch.cat(column) for column in zip(*columns, strict=True)))
 
 

@@ -23,7 +23,7 @@ from knnlm_builder.corpus import (
     split_tail,
 )
 from knnlm_builder.progress import Reporter
-from knnlm_builder.settings import BuildSettings
+from knnlm_builder.settings import BuildSettings, Windowing
 from knnlm_core.errors import EmptyCorpus
 from knnlm_core.lm.tokenizer import Tokenizer
 from knnlm_core.types import EntryRange
@@ -82,9 +82,11 @@ class Plan:
         documents: those of the store, in the order of their entries.
         held_out_unit: ``documents``, or ``tails`` for a corpus of few documents.
         near_duplicates: held-out candidates that went into the store.
+        windowing: how documents are cut.
     """
 
     folder: Path
+    windowing: Windowing
     documents: Sequence[PlannedDocument]
     held_out: Sequence[PlannedDocument]
     held_out_unit: str
@@ -112,56 +114,70 @@ class Plan:
             texts.seek(start)
             return texts.read(size).decode()[document.char_start : document.char_end]
 
-    def shards(self, settings: BuildSettings) -> Iterator[ShardPlan]:
+    def windows(self, document: PlannedDocument) -> Iterator[Window]:
+        """The windows of a document, each of its tokens but the first scored in one of them."""
+        return rolling_windows(document.num_tokens, *self.windowing)
+
+    def shards(self, shard_entries: int) -> Iterator[ShardPlan]:
         """Cut the store's windows into shards; a shard ends with the window that fills it."""
         windows: list[tuple[PlannedDocument, Window]] = []
         number = first = entries = 0
         for document in self.documents:
-            for window in rolling_windows(document.num_tokens, settings.window, settings.stride):
+            for window in self.windows(document):
                 windows.append((document, window))
                 entries += window.num_targets
-                if entries - first >= settings.shard_entries:
+                if entries - first >= shard_entries:
                     yield ShardPlan(number, EntryRange(first, entries), windows)
                     windows, number, first = [], number + 1, entries
         if windows:
             yield ShardPlan(number, EntryRange(first, entries), windows)
 
 
-def make_plan(settings: BuildSettings, tokenizer: Tokenizer, folder: Path, reporter: Reporter) -> Plan:
+def make_plan(
+    settings: BuildSettings, windowing: Windowing, tokenizer: Tokenizer, folder: Path, reporter: Reporter
+) -> Plan:
     """Read, tokenise and split the corpus.
 
     Documents are held out by a hash of their content, so that the choice depends neither on their order nor on their
-    number; those that the store nearly contains go into the store after all. A corpus of few documents has the tails
-    of its documents held out instead.
+    number; those that the store nearly contains go into the store after all. Where whole documents are too coarse (too
+    little is held out, or more than is left) the tails of all documents are held out instead. Entries are in the order
+    in which documents were read.
 
     Raises: CorpusError: of any kind, from reading; EmptyCorpus when no token has a context.
     """
     stats = CorpusStats()
-    store: list[PlannedDocument] = []
+    documents: list[PlannedDocument] = []
     candidates: list[PlannedDocument] = []
+    store: list[PlannedDocument] = []
     room = settings.max_tokens
     num_candidate_tokens = 0
+    # Whole documents seldom fill what may be held out to the last token.
+    enough = min(MIN_HELD_OUT_TOKENS, settings.held_out_max_tokens // 2)
+    # A corpus that is cut short still gives the held-out share of what it fills.
+    share = min(settings.held_out_max_tokens, int(settings.held_out_fraction * (settings.max_tokens or 0)))
     with reporter.stage("Read and tokenise", None, "tokens") as advance, _Spool(folder) as spool:
         for source in read_documents(settings.inputs, stats=stats):
             document = spool.add(source, tokenizer)
             advance(document.num_tokens)
-            wanted = num_candidate_tokens < settings.held_out_max_tokens
+            documents.append(document)
+            wanted = num_candidate_tokens + document.num_tokens <= settings.held_out_max_tokens
             if wanted and is_candidate(source.digest, settings.held_out_fraction, settings.seed):
                 candidates.append(document)
                 num_candidate_tokens += document.num_tokens
             elif room is None or room > 0:
                 room = _append(store, [document], room, spool)
-            if room == 0 and num_candidate_tokens >= MIN_HELD_OUT_TOKENS:
+            if room == 0 and num_candidate_tokens >= max(enough, share):
                 break
-    plan = Plan(folder, store, [], "documents", 0, stats)
-    if not plan.num_entries and not candidates:
+    plan = Plan(folder, windowing, store, [], "documents", 0, stats)
+    if not any(document.num_entries for document in documents):
         raise EmptyCorpus("the inputs hold fewer than 2 tokens, so no token has a context")
-    held_out, returned = _without_near_duplicates(plan, candidates, settings)
-    room = _append(store, returned, room, plan)
-    if sum(document.num_tokens for document in held_out) >= _needed(plan, settings):
+    held_out, returned = _without_near_duplicates(plan, candidates)
+    _append(store, returned, room, plan)
+    store.sort(key=lambda document: document.first_token)
+    wanted_tokens = min(enough, int(plan.num_entries * settings.held_out_fraction))  # less of a corpus that is tiny
+    if wanted_tokens <= sum(document.num_tokens for document in held_out) <= plan.num_entries:
         return replace(plan, held_out=held_out, near_duplicates=len(returned))
-    _append(store, held_out, room, plan)
-    return _with_tails(replace(plan, near_duplicates=len(returned)), settings)
+    return _with_tails(replace(plan, near_duplicates=len(returned)), documents, settings)
 
 
 class _Spool:
@@ -232,7 +248,7 @@ def _append(
 
 
 def _without_near_duplicates(
-    plan: Plan, candidates: Sequence[PlannedDocument], settings: BuildSettings
+    plan: Plan, candidates: Sequence[PlannedDocument]
 ) -> tuple[list[PlannedDocument], list[PlannedDocument]]:
     """Split candidates into those to hold out and those that the store nearly contains.
 
@@ -251,23 +267,20 @@ def _without_near_duplicates(
     return held_out, returned
 
 
-def _needed(plan: Plan, settings: BuildSettings) -> int:
-    """Held-out tokens below which documents are too coarse a unit; less for a corpus that is tiny altogether."""
-    return min(MIN_HELD_OUT_TOKENS, int(plan.num_entries * settings.held_out_fraction))
-
-
-def _with_tails(plan: Plan, settings: BuildSettings) -> Plan:
-    """Hold out the end of every document, as a document of its own."""
-    heads, tails = [], []
-    budget = settings.held_out_max_tokens
-    for document in plan.documents:
+def _with_tails(plan: Plan, documents: Sequence[PlannedDocument], settings: BuildSettings) -> Plan:
+    """Hold out the end of every document, as a document of its own, and fill the store with what stands before."""
+    heads, tails = list[PlannedDocument](), []
+    room, budget = settings.max_tokens, settings.held_out_max_tokens
+    for document in documents:
+        if room == 0:
+            break
         cut = max(2, split_tail(document.num_tokens, settings.held_out_fraction))
         cut = max(cut, document.num_tokens - budget)
         if document.num_tokens - cut < 2:
-            heads.append(document)
+            room = _append(heads, [document], room, plan)
             continue
         spans = plan.spans(document)
-        head = _head(document, cut, spans)
+        room = _append(heads, [_head(document, cut, spans)], room, plan)
         tails.append(
             replace(
                 document,
@@ -277,6 +290,5 @@ def _with_tails(plan: Plan, settings: BuildSettings) -> Plan:
                 char_start=document.char_start + int(spans[cut, 0]),
             )
         )
-        heads.append(head)
         budget -= tails[-1].num_tokens
     return replace(plan, documents=heads, held_out=tails, held_out_unit="tails")

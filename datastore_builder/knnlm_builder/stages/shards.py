@@ -30,9 +30,8 @@ def build_shard(lm: CausalLM, plan: Plan, shard: ShardPlan, folder: Path, batch_
         advance(shard.entries.stop - shard.entries.first)
         return
     with ShardWriter(folder, lm.identity.key_dim) as writer:
-        for part in encode_windows(lm, plan, shard.windows, batch_tokens):
+        for part in encode_windows(lm, plan, shard.windows, batch_tokens, advance):
             writer.append(part.keys, part.values, part.spans)
-            advance(len(part.values))
         writer.finish()
 
 

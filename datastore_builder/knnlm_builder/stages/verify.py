@@ -34,9 +34,12 @@ def verify(datastore: Datastore, plan: Plan, *, nprobe: int, seed: int) -> SelfC
         )
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randperm(datastore.entries, generator=generator)[:SELF_QUERIES]
-    found = datastore.search(datastore.keys(ids), 1, nprobe=nprobe or None)
-    # Repeated text has equal keys: any entry at distance 0 is the same place.
-    self_recall = float((found.distances[:, 0] == 0).double().mean())
+    keys = datastore.keys(ids)
+    found = datastore.search(keys, 1, nprobe=nprobe or None)
+    # Repeated text has equal keys: any entry with the same key is the same place. Distances are the index's own
+    # opinion; whether its row numbers are those of the stored keys, only the keys can tell.
+    is_same = (datastore.keys(found.entry_ids[:, 0].clamp(min=0)) == keys).all(dim=1)
+    self_recall = float((is_same & (found.distances[:, 0] == 0)).double().mean())
     if self_recall < MIN_SELF_RECALL:
         raise VerifyFailed(f"self-recall is {self_recall:.4f}, at least {MIN_SELF_RECALL} is needed")
     for document in plan.documents[:: max(1, len(plan.documents) // 8)]:

@@ -37,8 +37,11 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
     """Complete each prompt ``n`` times with the LM, mixed with a datastore where one is named."""
     job = _Job(service(request), body, request.state.request_id)
     if body.stream:
-        return sse_response(job.stream())
-    return JSONResponse(await until_disconnect(request, job.complete()))
+        return sse_response(job.stream(), on_close=job.close)
+    try:
+        return JSONResponse(await until_disconnect(request, job.complete()))
+    finally:
+        job.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +63,18 @@ class _Job:
         self._params.check(backend.lm.identity.vocab_size)
         self._id = f"cmpl-{request_id}"
         self._created = int(time.time())
-        prompts = [_prompt_ids(backend, prompt) for prompt in _checked_prompts(body)]
+        most = min(MAX_PROMPTS, backend.engine.max_requests)
+        prompts = [_prompt_ids(backend, prompt) for prompt in _checked_prompts(body, most)]
         for prompt_ids in prompts:
             _check_length(prompt_ids, self._params, backend.lm.max_length)
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[_PromptEvent] = asyncio.Queue()
         self._selection = select(state, body.model, body.knn)
         self._requests = [self._request(index, prompt_ids) for index, prompt_ids in enumerate(prompts)]
-        self._left = 0  # engine requests that hold a part of the lease; touched on the event loop only
+        # Who holds a part of the lease: this job, until its answer is rendered, and engine requests that have not
+        # ended. Touched on the event loop only.
+        self._holders = 1
+        self._is_open = True
         self._submit()
 
     def _request(self, index: int, prompt_ids: list[int]) -> CompletionRequest:
@@ -89,11 +96,9 @@ class _Job:
         try:
             for request in self._requests:
                 self._backend.engine.submit(request)
-                self._left += 1
+                self._holders += 1
         except KnnlmError:
-            self.abort()
-            if not self._left:
-                self._selection.release()
+            self.close()
             raise
 
     def _post(self, event: _PromptEvent) -> None:
@@ -108,27 +113,27 @@ class _Job:
                 self._one_ended()
 
     def _one_ended(self) -> None:
-        self._left -= 1
-        if not self._left:
+        self._holders -= 1
+        if not self._holders:
             self._selection.release()
 
-    def abort(self) -> None:
-        """End what still runs; ended requests are left alone."""
-        for request in self._requests:
-            self._backend.engine.abort(request)
+    def close(self) -> None:
+        """End what still runs and give the lease back; closing again does nothing."""
+        if self._is_open:
+            self._is_open = False
+            for request in self._requests:
+                self._backend.engine.abort(request)
+            self._one_ended()
 
     async def _all(self) -> AsyncIterator[_PromptEvent]:
         """Events of all prompts, until each has finished. Raises what made one fail."""
         left = len(self._requests)
-        try:
-            while left:
-                item = await self._events.get()
-                if isinstance(item.event, Failed):
-                    raise item.event.error
-                left -= isinstance(item.event, Finished)
-                yield item
-        finally:
-            self.abort()
+        while left:
+            item = await self._events.get()
+            if isinstance(item.event, Failed):
+                raise item.event.error
+            left -= isinstance(item.event, Finished)
+            yield item
 
     def _header(self) -> dict[str, Any]:
         return {
@@ -199,10 +204,10 @@ def _choice(backend: Backend, params: SamplingParams, prompt_ids: list[int], ind
     )
 
 
-def _checked_prompts(body: CompletionBody) -> list[str | TokenIds]:
+def _checked_prompts(body: CompletionBody, most: int) -> list[str | TokenIds]:
     prompts = body.prompts()
-    if not 1 <= len(prompts) <= MAX_PROMPTS:
-        raise InvalidParameter(f"`prompt` must hold 1 … {MAX_PROMPTS} prompts, got {len(prompts)}", param="prompt")
+    if not 1 <= len(prompts) <= most:
+        raise InvalidParameter(f"`prompt` must hold 1 … {most} prompts, got {len(prompts)}", param="prompt")
     return prompts
 
 

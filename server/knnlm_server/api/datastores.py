@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from knnlm_core.datastore.calibration import Calibration
 from knnlm_server.api.schemas import LoadBody
 from knnlm_server.api.security import AdminRequired, KeyRequired
 from knnlm_server.api.state import backend, service
@@ -20,7 +21,7 @@ router = APIRouter()
 async def list_datastores(request: Request) -> dict[str, Any]:
     """Loaded datastores, and the names that are published but not loaded."""
     registry = backend(request).registry
-    loaded = [registry.status(name) for name in registry.names()]
+    loaded = registry.statuses()
     names = {status.datastore.name for status in loaded}
     return {
         "object": "list",
@@ -58,7 +59,6 @@ async def unload_datastore(name: str, request: Request) -> dict[str, Any]:
 
 def _render(status: DatastoreStatus) -> dict[str, Any]:
     datastore = status.datastore
-    calibration = datastore.calibration
     return {
         "object": "datastore",
         "name": datastore.name,
@@ -70,6 +70,20 @@ def _render(status: DatastoreStatus) -> dict[str, Any]:
         "unit": datastore.manifest.unit,
         "documents": datastore.manifest.documents.count,
         "leases": status.leases,
-        "calibration": calibration.model_dump(by_alias=True, mode="json") if calibration is not None else None,
+        "calibration": _render_calibration(datastore.calibration) if datastore.calibration is not None else None,
         "model_fingerprint": datastore.manifest.lm.model_fingerprint,
+    }
+
+
+def _render_calibration(calibration: Calibration) -> dict[str, Any]:
+    """What requests use and how good it was; the protocol's long lists of digests stay in the file."""
+    return {
+        "id": calibration.id,
+        "k": calibration.k,
+        "temperature": calibration.knn_temperature,
+        "lambda": calibration.lmbda,
+        "gate": calibration.gate,
+        "helps": calibration.helps,
+        "report": calibration.report,
+        "held_out_documents": calibration.protocol.get("held_out_documents"),
     }

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from knnlm_core import errors as e
-
-logger = logging.getLogger(__name__)
 
 # The narrowest class listed wins. Type is OpenAI's word for the kind of error.
 STATUS: dict[type[e.KnnlmError], tuple[int, str]] = {
@@ -35,6 +34,7 @@ STATUS: dict[type[e.KnnlmError], tuple[int, str]] = {
 }
 
 _RETRY_AFTER_S = 1
+_UNION_MEMBER = re.compile(r"\[|^(constrained-)?(str|int)$")
 
 
 def status_of(error: e.KnnlmError) -> tuple[int, str]:
@@ -49,7 +49,7 @@ def error_body(error: e.KnnlmError) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": error.param, "code": error.code}}
 
 
-def error_response(error: e.KnnlmError) -> JSONResponse:
+def error_response(error: e.KnnlmError) -> Response:
     """The answer for an error raised before any byte was sent."""
     status, _ = status_of(error)
     headers = {}
@@ -60,7 +60,12 @@ def error_response(error: e.KnnlmError) -> JSONResponse:
         headers["x-should-retry"] = "false"
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(error_body(error), status_code=status, headers=headers)
+    return _answer(error_body(error), status, headers)
+
+
+def _answer(body: dict[str, Any], status: int, headers: Mapping[str, str] | None) -> Response:
+    # In ASCII: a message may quote a name that is no valid text.
+    return Response(json.dumps(body), status, headers, media_type="application/json")
 
 
 def error_event(error: e.KnnlmError) -> str:
@@ -69,23 +74,21 @@ def error_event(error: e.KnnlmError) -> str:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Give every error of the app the one body shape."""
+    """Give every error of the app the one body shape; `RequestLog` does so for what nobody foresaw."""
     app.add_exception_handler(e.KnnlmError, _known)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _invalid_body)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _http)  # type: ignore[arg-type]
-    app.add_exception_handler(Exception, _unexpected)
 
 
-async def _known(request: Request, error: e.KnnlmError) -> JSONResponse:
+async def _known(request: Request, error: e.KnnlmError) -> Response:
     return error_response(error)
 
 
-async def _invalid_body(request: Request, error: RequestValidationError) -> JSONResponse:
+async def _invalid_body(request: Request, error: RequestValidationError) -> Response:
     first = error.errors()[0]
-    location = [
-        str(part) for part in first["loc"] if part != "body" and not str(part).startswith(("list[", "str", "int"))
-    ]
-    field = ".".join(location) or None
+    # Besides names and positions, a location tells which member of a union was tried, and where JSON breaks off.
+    location = [str(part) for part in first["loc"][1:] if not _UNION_MEMBER.search(str(part))]
+    field = ".".join(location) or None if first["type"] != "json_invalid" else None
     given = (
         ""
         if field is None or isinstance(first.get("input"), (dict, list))
@@ -102,13 +105,11 @@ _HTTP_CODES = {
 }
 
 
-async def _http(request: Request, error: HTTPException) -> JSONResponse:
+async def _http(request: Request, error: HTTPException) -> Response:
+    if isinstance(error.__cause__, e.KnnlmError):
+        # FastAPI turns whatever reading the body raises into a 400 of its own.
+        return error_response(error.__cause__)
     kind, code = _HTTP_CODES.get(error.status_code, ("invalid_request_error", "invalid_request"))
     message = f"{request.method} {request.url.path}: {error.detail}"
     body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
-    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
-
-
-async def _unexpected(request: Request, error: Exception) -> JSONResponse:
-    logger.error("unexpected error path=%s", request.url.path, exc_info=error)
-    return error_response(e.KnnlmError("internal error"))
+    return _answer(body, error.status_code, error.headers)

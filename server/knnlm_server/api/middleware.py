@@ -9,7 +9,7 @@ import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from knnlm_core.errors import PayloadTooLarge
+from knnlm_core.errors import KnnlmError, PayloadTooLarge
 from knnlm_server.api.errors import error_response
 
 logger = logging.getLogger("knnlm_server.access")
@@ -17,7 +17,10 @@ _REQUEST_ID = re.compile(r"^[\w.:-]{1,128}$")
 
 
 class RequestLog:
-    """Gives every request an id (the client's own, if it sent a sane one), echoes it, and logs one line."""
+    """Gives every request an id (the client's own, if it sent a sane one), echoes it, and logs one line.
+
+    Being outermost, it also answers what nobody foresaw, without saying what that was.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -41,6 +44,11 @@ class RequestLog:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except Exception:
+            logger.exception("unexpected error path=%s id=%s", scope["path"], request_id)
+            if status:  # the answer has begun: closing the connection is all that is left to say
+                raise
+            await error_response(KnnlmError("internal error"))(scope, receive, send_with_id)
         finally:
             # Probes come every few seconds and say nothing.
             level = logging.DEBUG if scope["path"] in ("/health", "/ready") else logging.INFO

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import logging
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple, cast
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
-from knnlm_core.errors import UnsupportedFeature
+from knnlm_core.errors import InvalidParameter, UnsupportedFeature
+from knnlm_core.windows import check_window
 from knnlm_server.engine.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
 TokenIds = list[int]
-NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+
+
+def _check_unicode(text: str) -> str:
+    """JSON can spell half a surrogate pair, which is no character and which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half a surrogate pair at character {error.start} is no text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_unicode)]
+NonEmpty = Annotated[Text, StringConstraints(min_length=1)]
 MAX_PROMPTS = 1024
 MAX_TEXTS = 4096
+DEFAULT_WINDOW = 1024
 
 
 class _Body(BaseModel):
@@ -70,7 +84,7 @@ class CompletionBody(_Body):
     """``POST /v1/completions``."""
 
     model: str | None = Field(default=None, description="`<lm>` or `<lm>@<datastore>`.")
-    prompt: str | list[NonEmpty] | TokenIds | list[TokenIds] = Field(
+    prompt: Text | list[NonEmpty] | TokenIds | list[TokenIds] = Field(
         description="Text, texts, token ids, or lists of them."
     )
     max_tokens: int | None = Field(default=None, description="Most tokens to generate; 16 by default.")
@@ -79,7 +93,7 @@ class CompletionBody(_Body):
     top_k: int | None = None
     min_p: float | None = None
     n: int | None = None
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool = False
     seed: int | None = None
@@ -156,8 +170,15 @@ class CompletionBody(_Body):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)
+            return [self.prompt]
+        return cast(list[str | TokenIds], self.prompt)
+
+
+class Windows(NamedTuple):
+    """See `rolling_windows`."""
+
+    window: int
+    stride: int
 
 
 class ScoreBody(_Body):
@@ -168,8 +189,20 @@ class ScoreBody(_Body):
     knn: KnnBody | None = None
     per_token: bool = Field(default=False, description="Report every token.")
     exclude_documents: list[str] = Field(default=[], description="Ids of documents whose entries must not be found.")
-    window: int = Field(default=1024, description="Tokens per window.")
-    stride: int = Field(default=512, description="Tokens scored per window after the first.")
+    window: int | None = Field(default=None, description="Tokens per window; 1024 by default, or the LM's context.")
+    stride: int | None = Field(
+        default=None, description="Tokens scored per window after the first; half the window by default."
+    )
+
+    def windows(self, max_length: int) -> Windows:
+        """How texts are cut for an LM with a context of ``max_length`` tokens.
+
+        Raises: InvalidParameter: window or stride is out of bounds.
+        """
+        window = self.window if self.window is not None else min(DEFAULT_WINDOW, max_length)
+        stride = self.stride if self.stride is not None else max(1, window // 2)
+        check_window(window, stride, max_length)
+        return Windows(window, stride)
 
     def texts(self) -> list[str | TokenIds]:
         """The texts, one entry each."""
@@ -181,12 +214,10 @@ class LoadBody(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    version: str = Field(default="current", description="`current` or a published version.")
+    version: NonEmpty = Field(default="current", description="`current` or a published version.")
 
 
 def _token_biases(given: dict[str, float]) -> dict[int, float]:
-    from knnlm_core.errors import InvalidParameter
-
     try:
         return {int(token_id): value for token_id, value in given.items()}
     except ValueError:

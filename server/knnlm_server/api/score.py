@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import math
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 from fastapi import APIRouter, Request
 
 from knnlm_core.errors import InvalidParameter, KnnlmError
-from knnlm_core.windows import check_window
 from knnlm_server.api.disconnect import until_disconnect
 from knnlm_server.api.rendering import json_log_prob
-from knnlm_server.api.schemas import MAX_TEXTS, ScoreBody, TokenIds
+from knnlm_server.api.schemas import MAX_TEXTS, ScoreBody, TokenIds, Windows
 from knnlm_server.api.security import KeyRequired
 from knnlm_server.api.selection import Selection, select
 from knnlm_server.api.state import Backend, service
@@ -33,10 +33,10 @@ async def score(body: ScoreBody, request: Request) -> dict[str, Any]:
     state = service(request)
     body.log_unknown()
     backend = state.require()
-    check_window(body.window, body.stride, backend.lm.max_length)
+    windows = body.windows(backend.lm.max_length)
     texts = [_tokenise(backend, text) for text in _checked_texts(body)]
     selection = select(state, body.model, body.knn, body.exclude_documents)
-    scores = await until_disconnect(request, _run(backend, selection, texts, body, request.state.request_id))
+    scores = await until_disconnect(request, _run(backend, selection, texts, windows, request.state.request_id))
     return _render(backend, selection, texts, scores, body.per_token)
 
 
@@ -49,7 +49,7 @@ class _Text(NamedTuple):
 
 
 async def _run(
-    backend: Backend, selection: Selection, texts: list[_Text], body: ScoreBody, request_id: str
+    backend: Backend, selection: Selection, texts: list[_Text], windows: Windows, request_id: str
 ) -> dict[int, TokenScores]:
     """Scores by position of the text; texts without a scored token are absent."""
     loop = asyncio.get_running_loop()
@@ -66,14 +66,15 @@ async def _run(
 
     def ended(error: KnnlmError | None) -> None:
         selection.release()
-        loop.call_soon_threadsafe(settle, error)
+        with suppress(RuntimeError):  # the event loop is gone: the server is shutting down
+            loop.call_soon_threadsafe(settle, error)
 
     request = ScoreRequest(
         request_id=request_id,
         texts=[texts[index].token_ids for index in scored],
         retrieval=selection.retrieval,
-        window=body.window,
-        stride=body.stride,
+        window=windows.window,
+        stride=windows.stride,
         on_text=lambda position, result: scores.__setitem__(scored[position], result),
         on_end=ended,
     )

@@ -68,6 +68,8 @@ def _datastore_name(backend: Backend, model: str | None, knn: KnnBody | None, de
         raise ModelNotFound(f"model {model!r} names no datastore after {SEPARATOR!r}", param="model")
     by_knn = knn.datastore if knn is not None else None
     assert by_knn is None or isinstance(by_knn, str)
+    if by_knn == "":
+        raise InvalidParameter("`knn.datastore` must be the name of a loaded datastore, got ''", param="knn.datastore")
     if by_model and by_knn and by_model != by_knn:
         raise InvalidParameter(
             f"`model` names datastore {by_model!r} but `knn.datastore` names {by_knn!r}; they must agree",

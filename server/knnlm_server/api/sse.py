@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 DONE = "data: [DONE]\n\n"
 
@@ -16,7 +17,21 @@ def sse(payload: dict[str, Any]) -> str:
     return f"data: {json.dumps(payload, ensure_ascii=False)}\n\n"
 
 
-def sse_response(events: AsyncIterator[str]) -> StreamingResponse:
-    """A response that proxies pass on event by event."""
+class _EventStream(StreamingResponse):
+    """Calls ``on_close`` however it ends, even where the client is gone before the first event is asked for."""
+
+    on_close: Callable[[], None]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.on_close()
+
+
+def sse_response(events: AsyncIterator[str], on_close: Callable[[], None]) -> StreamingResponse:
+    """A response that proxies pass on event by event; ``on_close`` is called once it is over."""
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+    response = _EventStream(events, media_type="text/event-stream", headers=headers)
+    response.on_close = on_close
+    return response

@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -87,11 +88,12 @@ class Engine:
         with self._lock:
             if self._closing:
                 raise ShuttingDown("the server is shutting down")
-            limit = self.config.max_queued + self._lm.num_sequences
+            limit = self.max_requests
             if len(self._accepted) >= limit:
                 raise Overloaded(f"at most {limit} requests are handled at once, running and queued; try again later")
             self._accepted.add(request)
-        self._commands.put(lambda: self._begin(request))
+            # Under the lock, so that `stop` never ends what has not begun.
+            self._commands.put(lambda: self._begin(request))
 
     def abort(self, request: Request) -> None:
         """End a request now if it has not ended; its owner is told RequestCancelled."""
@@ -100,6 +102,11 @@ class Engine:
     def load(self) -> Load:
         """A glance at the queues."""
         return Load(len(self._scheduler.running), len(self._scheduler.waiting), len(self._scoring))
+
+    @property
+    def max_requests(self) -> int:
+        """Requests that can be accepted at once, running and queued."""
+        return self.config.max_queued + self._lm.num_sequences
 
     @property
     def is_alive(self) -> bool:
@@ -121,11 +128,26 @@ class Engine:
     # -- the engine's thread -------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while self._obey():
-            self._generate()
-            self._score()
-            if self.config.check_integrity:
-                self._scheduler.check_integrity()
+        try:
+            while self._obey():
+                self._generate()
+                self._score()
+                if self.config.check_integrity:
+                    self._scheduler.check_integrity()
+        except BaseException:
+            self._die()
+            raise
+
+    def _die(self) -> None:
+        """A defect of ours ends the thread: nobody may be left waiting."""
+        logger.critical("engine dies accepted=%d", len(self._accepted), exc_info=True)
+        with self._lock:
+            self._closing = True
+            left, self._accepted = self._accepted, set()
+            self._ended.notify_all()
+        for request in left:
+            with suppress(Exception):
+                _tell(request, EngineFailure("the engine has died"))
 
     def _obey(self) -> bool:
         """Carry out waiting commands; with nothing else to do, wait for one. False to stop."""
@@ -210,16 +232,23 @@ class Engine:
             self._ended.notify_all()
         if isinstance(request, ScoreRequest):
             self._scoring.remove(request)
-            request.on_end(error)
-            return
-        live = request.live_choices
-        for choice in live:
-            choice.finish_reason = "length"
-        self._free(request, [choice.index for choice in live])
-        self._scheduler.remove(request)
-        tokens = Finished(len(request.prompt_ids), request.num_generated, request.counts)
-        request.emit(Failed(error) if error else tokens)
-        request.on_end()
+        else:
+            live = request.live_choices
+            for choice in live:
+                choice.finish_reason = "length"
+            self._free(request, [choice.index for choice in live])
+            self._scheduler.remove(request)
+        _tell(request, error)
+
+
+def _tell(request: Request, error: KnnlmError | None) -> None:
+    """Tell a request's owner that it has ended."""
+    if isinstance(request, ScoreRequest):
+        request.on_end(error)
+        return
+    tokens = Finished(len(request.prompt_ids), request.num_generated, request.counts)
+    request.emit(Failed(error) if error else tokens)
+    request.on_end()
 
 
 def _requests(batch: Batch) -> list[CompletionRequest]:

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from knnlm_core.datastore.reader import Datastore
-
 from knnlm_core.datastore.layout import published_names
+from knnlm_core.datastore.reader import Datastore
 from knnlm_core.errors import DatastoreBusy, DatastoreNotFound
 from knnlm_core.types import LMIdentity
 
@@ -105,6 +104,11 @@ class Registry:
         """Raises DatastoreNotFound: the name is not loaded."""
         with self._lock:
             return self._status(name, self._get(name))
+
+    def statuses(self) -> list[DatastoreStatus]:
+        """All loaded names, sorted."""
+        with self._lock:
+            return [self._status(name, generation) for name, generation in sorted(self._current.items())]
 
     def lease(self, name: str) -> Lease:
         """Pin what the name means now. Raises DatastoreNotFound: not loaded, or being unloaded."""

@@ -1,0 +1,73 @@
+"""Held-out perplexity against λ: the picture beside a calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from knnlm_builder.stages.fit import LMBDAS, Evidence, Fit
+from knnlm_core.datastore.calibration import Calibration
+from knnlm_core.knn.distribution import has_neighbors, target_log_probs
+from knnlm_core.knn.interpolation import interpolate_targets
+
+CURVE = "curve.png"
+
+
+class Curve(NamedTuple):
+    """Perplexity of some held-out tokens for one k and τ, at λ = 0 and every λ of the grid."""
+
+    k: int
+    knn_temperature: float
+    lmbdas: tuple[float, ...]
+    perplexities: tuple[float, ...]
+
+
+def lmbda_curves(evidence: Evidence, fits: Sequence[Fit]) -> list[Curve]:
+    """One curve per k, at the τ that was fitted to it; only λ varies."""
+    lmbdas = (0.0, *LMBDAS)
+    base = evidence.base.double()
+    curves = []
+    for fit in fits:
+        neighbors = evidence.nearest(fit.k).neighbors
+        tau = torch.full((len(base),), fit.knn_temperature)
+        knn = target_log_probs(neighbors, evidence.targets, knn_temperature=tau).double()
+        found = has_neighbors(neighbors)
+        means = [
+            interpolate_targets(base, knn, torch.where(found, lmbda, 0.0).double()).mean().neg().exp().item()
+            for lmbda in lmbdas
+        ]
+        curves.append(Curve(fit.k, fit.knn_temperature, lmbdas, tuple(means)))
+    return curves
+
+
+def draw_curves(path: Path, curves: Sequence[Curve], calibration: Calibration) -> bool:
+    """Draw the curves, the base LM and the point that was chosen; False where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure  # an extra: builds do without
+    except ImportError:
+        return False
+    base = curves[0].perplexities[0]
+    chosen = next(curve for curve in curves if curve.k == calibration.k)
+    at = chosen.lmbdas.index(calibration.lmbda)
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhline(base, color="0.4", linestyle="--", linewidth=1, label=f"base LM  {base:.3f}")
+    for curve in curves:
+        axes.plot(curve.lmbdas, curve.perplexities, label=f"k = {curve.k}, τ = {curve.knn_temperature:.3g}")
+    axes.plot(
+        calibration.lmbda, chosen.perplexities[at], "ko", fillstyle="none", markersize=9,
+        label=f"chosen  {chosen.perplexities[at]:.3f} at λ = {calibration.lmbda:.2f}",
+    )  # fmt: skip
+    # Where λ is far too large perplexity explodes and would flatten everything worth seeing.
+    lowest = min(min(curve.perplexities) for curve in curves)
+    axes.set_ylim(lowest - 0.08 * (base - lowest) - 1e-3 * base, base + 0.6 * (base - lowest) + 0.02 * base)
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("λ, weight of p_knn")
+    axes.set_ylabel("perplexity on held-out text not fitted on")
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=144, metadata={"Software": None})
+    return True

@@ -1,0 +1,116 @@
+"""A tiny model, three small published versions of two datastores, and a live server over them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from exact_reference import ExactReference
+from live_server import LiveServer, wait_until
+from small_stores import Published, Start, write_corpus
+
+from knnlm_builder.pipeline import build_with
+from knnlm_builder.progress import SilentReporter
+from knnlm_builder.settings import BuildSettings
+from knnlm_core.datastore.reader import Datastore
+from knnlm_core.lm.huggingface import HuggingFaceLM
+from knnlm_core.lm.loading import LoadOptions, load_lm
+from knnlm_server.settings import ServerSettings
+from tiny import save_tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny matrices gain nothing from more, and threads that wait for each other on busy cores cost tenfold."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def lm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny-lm")
+
+
+@pytest.fixture(scope="session")
+def published(lm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Published:
+    folder = tmp_path_factory.mktemp("server")
+    lm = load_lm(str(lm_folder), LoadOptions())
+
+    def build(name: str, prefix: str, seed: int) -> str:
+        settings = BuildSettings(
+            model=str(lm_folder),
+            inputs=(write_corpus(folder / f"{prefix}.jsonl", prefix, documents=6, sentences=7, seed=seed),),
+            output=folder / "datastores",
+            name=name,
+            window=128,
+            stride=64,
+            held_out_max_tokens=128,
+            shard_entries=300,
+            force=True,
+        )
+        return build_with(lm, settings, SilentReporter()).version
+
+    versions = [build("law", "old", 1), build("law", "new", 2), build("news", "news", 3)]
+    lm.close()
+    return Published(lm_folder, folder / "datastores", *versions)
+
+
+@pytest.fixture
+def own_root(published: Published, tmp_path: Path) -> Path:
+    """A copy of the published datastores that a test may damage."""
+    return Path(shutil.copytree(published.root, tmp_path / "datastores"))
+
+
+@pytest.fixture(scope="session")
+def lm(lm_folder: Path) -> Iterator[HuggingFaceLM]:
+    """The LM without a server; it encodes only."""
+    lm = load_lm(str(lm_folder), LoadOptions())
+    yield lm
+    lm.close()
+
+
+@pytest.fixture(scope="session")
+def law(published: Published) -> Iterator[Datastore]:
+    """The current version of `law`, opened beside the server."""
+    with Datastore.open(published.root, "law") as datastore:
+        yield datastore
+
+
+@pytest.fixture(scope="session")
+def reference(lm_folder: Path) -> ExactReference:
+    return ExactReference(lm_folder)
+
+
+@pytest.fixture(scope="session")
+def _session_server(published: Published) -> Iterator[LiveServer]:
+    settings = ServerSettings(
+        model=str(published.model), datastores=published.root, max_sequences=8, step_tokens=64, drain_timeout_s=5
+    )
+    with LiveServer(settings) as server:
+        yield server
+
+
+@pytest.fixture
+def live_server(_session_server: LiveServer) -> Iterator[LiveServer]:
+    """A server of `law` and `news`, shared by the tests; each one must leave it idle."""
+    yield _session_server
+    # The last answer may be here a moment before its lease is given back.
+    wait_until(_session_server.is_idle, within_s=5)
+
+
+@pytest.fixture
+def start_server(published: Published) -> Iterator[Start]:
+    """Starts servers with settings of their own."""
+    with ExitStack() as running:
+
+        def start(*, wait: bool = True, **settings: object) -> LiveServer:
+            given = {"model": str(published.model), "max_sequences": 4, "drain_timeout_s": 5, **settings}
+            return running.enter_context(LiveServer(ServerSettings(**given), wait=wait))  # type: ignore[arg-type]
+
+        yield start
