@@ -1,8 +1,8 @@
 """The encode stage of a build against the LM's own forward pass without its head, over the same windows, in one run.
 
-Windows: the first 24 of the Python language reference, 1024 tokens with stride 512, in the build's own batches. One side
-is the stage itself (`build_shard`: window cutting, tap, row selection, float16, files on disk), the other the model's body
-over the same padded batches. Both take turns, several times; the ratio is of the medians.
+Windows: the first 24 of the Python language reference, 1024 tokens with stride 512, in the build's own batches. One
+side is the stage itself (`build_shard`: window cutting, tap, row selection, float16, files on disk), the other the
+model's body over the same padded batches. Both take turns, several times; the ratio is of the medians.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def main() -> None:
         folder = Path(name)
         corpus = write_python_reference(folder / "corpus" / "reference.jsonl")
         settings = BuildSettings(model=args.model, inputs=(corpus,), output=folder, name="bench")
-        plan = make_plan(settings, lm.tokenizer, folder, SilentReporter())
-        shard = next(plan.shards(settings))
+        plan = make_plan(settings, settings.windowing(lm.max_length), lm.tokenizer, folder, SilentReporter())
+        shard = next(plan.shards(settings.shard_entries))
         shard = shard._replace(windows=shard.windows[:WINDOWS])
         inputs = _bare_inputs(plan, shard.windows, settings.batch_tokens)
         _bare(lm, inputs[:1])

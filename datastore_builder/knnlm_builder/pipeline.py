@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -62,7 +63,7 @@ def run_build(settings: BuildSettings, reporter: Reporter) -> BuildResult:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     reporter.say(f"Loading {settings.model}")
-    lm = load_lm(settings.model, LoadOptions(settings.dtype, settings.device, settings.key_tap))
+    lm = load_lm(settings.model, LoadOptions(settings.dtype, settings.device, settings.key_tap, progress=sys.stderr.isatty()))
     return build_with(lm, settings, reporter)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
@@ -81,6 +82,7 @@ def build_backend(state: Service) -> Backend:
             max_length=settings.max_model_len,
             max_sequences=settings.max_sequences,
             kv_cache_bytes=settings.kv_cache_bytes,
+            progress=sys.stderr.isatty(),
         ),
     )
     registry = Registry(settings.datastores, lm.identity)

@@ -27,8 +27,8 @@ def send(server: LiveServer, path: str, body: dict[str, Any]) -> socket.socket:
     """A request whose answer nobody has read yet."""
     content = json.dumps(body).encode()
     connection = socket.create_connection(("127.0.0.1", server.port))
-    head = f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-    connection.sendall(head.encode() + content)
+    head = f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+    connection.sendall(f"{head}\r\n\r\n".encode() + content)
     return connection
 
 
@@ -97,12 +97,15 @@ def test_leaving_a_score_frees_it(live_server: LiveServer) -> None:
         del live_server.lm.encode
 
 
-def test_others_are_not_disturbed(slow_server: LiveServer) -> None:
-    with slowed(slow_server.lm, 0.0):
-        need = slow_server.complete("A buyer", model="tiny-lm@law", max_tokens=20, seed=1, temperature=1.0)["choices"]
-    leaving = [send(slow_server, "/v1/completions", {**BODY, "stream": i % 2 == 0, "n": 1}) for i in range(5)]
-    wait_until(lambda: slow_server.lm.num_free_sequences <= 3)
-    threading.Timer(0.3, lambda: [connection.close() for connection in leaving]).start()
-    answer = slow_server.complete("A buyer", model="tiny-lm@law", max_tokens=20, seed=1, temperature=1.0)
+def test_others_are_not_disturbed(live_server: LiveServer) -> None:
+    body = {"model": "tiny-lm@law", "max_tokens": 20, "seed": 1, "temperature": 1.0}
+    need = live_server.complete("A buyer", **body)["choices"]
+    with slowed(live_server.lm, 0.05):
+        leaving = [send(live_server, "/v1/completions", {**BODY, "stream": i % 2 == 0, "n": 1}) for i in range(5)]
+        wait_until(lambda: live_server.lm.num_free_sequences <= 3)
+        timer = threading.Timer(0.3, lambda: [connection.close() for connection in leaving])
+        timer.start()
+        answer = live_server.complete("A buyer", **body)
+        timer.join()
+        check_freed(live_server)
     assert answer["choices"] == need
-    check_freed(slow_server)

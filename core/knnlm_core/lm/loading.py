@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from knnlm_core.errors import InvalidParameter, KnnlmError, ModelLoadError, ModelNotFound
 from knnlm_core.lm.checkpoint import check_complete, first_line
@@ -32,6 +35,7 @@ class LoadOptions:
         dtype: ``auto`` (float32 on a CPU, bfloat16 on a GPU), ``float32``, ``bfloat16`` or ``float16``.
         device: ``auto``, ``cpu`` or a CUDA device.
         key_tap, max_length, max_sequences, kv_cache_bytes: see `HuggingFaceLM`.
+        progress: show the loader's progress bar; for terminals.
     """
 
     dtype: str = "auto"
@@ -40,6 +44,7 @@ class LoadOptions:
     max_length: int | None = None
     max_sequences: int = 0
     kv_cache_bytes: int = 4 << 30
+    progress: bool = False
 
 
 def load_lm(model: str, options: LoadOptions | None = None) -> HuggingFaceLM:
@@ -53,7 +58,7 @@ def load_lm(model: str, options: LoadOptions | None = None) -> HuggingFaceLM:
     options = options or LoadOptions()
     device = _device(options.device)
     dtype = _dtype(options.dtype, device)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _progress_bars(options.progress):
         # Libraries' own deprecations while loading are not the user's to mend.
         warnings.simplefilter("ignore")
         raw_model, raw_tokenizer = _load(model, dtype)
@@ -72,6 +77,17 @@ def load_lm(model: str, options: LoadOptions | None = None) -> HuggingFaceLM:
         lm.identity.model_name, dtype, device, lm.identity.key_tap, lm.num_sequences, lm.identity.model_fingerprint,
     )  # fmt: skip
     return lm
+
+
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    """Let transformers show its bars, or not, while a model loads; then as before."""
+    before = transformers_logging.is_progress_bar_enabled()
+    (transformers_logging.enable_progress_bar if shown else transformers_logging.disable_progress_bar)()
+    try:
+        yield
+    finally:
+        (transformers_logging.enable_progress_bar if before else transformers_logging.disable_progress_bar)()
 
 
 def model_name(model: str) -> str:
