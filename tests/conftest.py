@@ -6,8 +6,14 @@ import os
 import sys
 from pathlib import Path
 
+from hypothesis import HealthCheck, settings
+
 # FAISS and torch share the machine's cores; hub look-ups must fail at once instead of waiting for a network.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).parent))
+
+# Machines are shared: how long an example takes says nothing.
+settings.register_profile("knnlm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("knnlm")

@@ -403,8 +403,9 @@ def test_one_large_document_has_its_end_held_out(tmp_path: Path) -> None:
 def test_near_duplicates_of_the_store_go_into_the_store(tmp_path: Path) -> None:
     # Every page comes twice, the second time with another beginning. Where just one of the two could be held out,
     # the store has the other, and so it gets both.
-    twins = [f"Reprint. {text}" for text in PAGES]
-    rows = [(f"doc-{i}", text) for i, text in enumerate(PAGES)] + [(f"twin-{i}", t) for i, t in enumerate(twins)]
+    pages = [prose(seed) for seed in range(50)]
+    rows = [(f"doc-{i}", text) for i, text in enumerate(pages)]
+    rows += [(f"twin-{i}", f"Reprint. {text}") for i, text in enumerate(pages)]
     source = tmp_path / "twice.jsonl"
     source.write_text("".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in rows), encoding="utf-8")
     settings = given(tmp_path / "stores", source, held_out_fraction=0.5)

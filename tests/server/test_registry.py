@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +39,15 @@ def registry(published: Published, lm: HuggingFaceLM) -> Iterator[Registry]:
 
 
 def is_open(datastore: Datastore) -> bool:
-    try:
-        datastore.search(torch.zeros(1, datastore.dim), 1)
-    except AssertionError as error:
-        assert "used after close" in str(error)
-        return False
-    return True
+    with suppress(AssertionError):  # "used after close"
+        return len(datastore.search(torch.zeros(1, datastore.dim), 1).entry_ids) == 1
+    return False
 
 
 def held_from(root: Path) -> list[str]:
     """What this process holds open or mapped under a folder."""
-    mapped = [
-        line.split(maxsplit=5)[5].strip()
-        for line in Path("/proc/self/maps").read_text().splitlines()
-        if str(root) in line
-    ]
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    mapped = [line.split(maxsplit=5)[5] for line in maps if str(root) in line]
     opened = [file.path for file in psutil.Process().open_files() if file.path.startswith(str(root))]
     return sorted([*mapped, *opened])
 
@@ -106,12 +101,14 @@ def test_releasing_twice_is_harmless(registry: Registry) -> None:
     assert registry.status("law").leases == 0
 
 
-def test_fifty_swaps_under_leases_give_everything_back(registry: Registry, published: Published) -> None:
-    process = psutil.Process()
+def test_fifty_swaps_under_leases_give_everything_back(
+    own_root: Path, published: Published, lm: HuggingFaceLM
+) -> None:
+    process, registry = psutil.Process(), Registry(own_root, lm.identity)
     versions = (published.law_old, published.law_new)
     for version in versions:  # what the first loads leave in caches is no leak
         registry.load("law", version)
-    num_fds, held = process.num_fds(), held_from(published.root)
+    num_fds, held = process.num_fds(), held_from(own_root)
     assert held, "an open datastore should show"
     leases: list[Lease] = []
     for i in range(50):
@@ -119,14 +116,14 @@ def test_fifty_swaps_under_leases_give_everything_back(registry: Registry, publi
         registry.load("law", versions[i % 2])
         if len(leases) == 3:
             leases.pop(0).release()
-    assert len(held_from(published.root)) > len(held)
+    assert len(held_from(own_root)) > len(held)
     for lease in leases:
         lease.release()
     assert registry.status("law").generation == 52
-    assert held_from(published.root) == held
-    assert process.num_fds() == num_fds
+    assert held_from(own_root) == held
+    assert process.num_fds() <= num_fds
     registry.close()
-    assert not [path for path in held_from(published.root) if "/law/" in path and versions[1] in path]
+    assert held_from(own_root) == []
 
 
 def test_generation_numbers_never_repeat(registry: Registry) -> None:
@@ -382,12 +379,12 @@ def test_requests_under_steady_swaps_never_mix_versions(swapping_server: LiveSer
         answers = [pool.submit(server.post, "/v1/completions", BODY) for _ in range(24)]
         generations = [put(server, versions[i % 2])["generation"] for i in range(8)]
         assert generations == sorted(set(generations))
-        seen = set()
         for future in answers:
             answer = future.result().json()
             version = answer["system_fingerprint"].split(":")[1]
-            seen.add(version)
-            assert answer["choices"] == expected[version]
+            have, need = answer["choices"][0], expected[version][0]
+            assert have["text"] == need["text"]
+            assert documents(have) == documents(need) == {"old" if version == published.law_old else "new"}
     wait_until(server.is_idle, within_s=5)
 
 

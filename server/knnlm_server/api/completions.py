@@ -79,12 +79,13 @@ class _Job:
 
     def _request(self, index: int, prompt_ids: list[int]) -> CompletionRequest:
         params, knn = self._params, self._body.knn
+        stops = StopMatcher(params.stop, params.include_stop_str_in_output)
         return CompletionRequest(
             request_id=f"{self._id}-{index}",
             prompt_ids=prompt_ids,
             params=params,
             retrieval=self._selection.retrieval,
-            choices=[_choice(self._backend, params, prompt_ids, i) for i in range(params.n)],
+            choices=[_choice(self._backend, params, prompt_ids, stops, i) for i in range(params.n)],
             seed=params.seed if params.seed is not None else secrets.randbits(63),
             emit=lambda event: self._post(_PromptEvent(index, event)),
             on_end=lambda: self._call(self._one_ended),
@@ -193,15 +194,11 @@ class _Job:
         yield DONE
 
 
-def _choice(backend: Backend, params: SamplingParams, prompt_ids: list[int], index: int) -> Choice:
+def _choice(backend: Backend, params: SamplingParams, prompt_ids: list[int], stops: StopMatcher, index: int) -> Choice:
     def decode(token_ids: list[int]) -> str:
         return backend.tokenizer.decode(token_ids, skip_special_tokens=params.skip_special_tokens)
 
-    return Choice(
-        index=index,
-        detokenizer=IncrementalDetokenizer(decode, prompt_ids),
-        stops=StopMatcher(params.stop, params.include_stop_str_in_output),
-    )
+    return Choice(index=index, detokenizer=IncrementalDetokenizer(decode, prompt_ids), stops=stops.copy())
 
 
 def _checked_prompts(body: CompletionBody, most: int) -> list[str | TokenIds]:

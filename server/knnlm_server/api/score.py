@@ -34,9 +34,15 @@ async def score(body: ScoreBody, request: Request) -> dict[str, Any]:
     body.log_unknown()
     backend = state.require()
     windows = body.windows(backend.lm.max_length)
-    texts = [_tokenise(backend, text) for text in _checked_texts(body)]
+    given = _checked_texts(body)
+    # Thousands of long texts take seconds: streams must not wait for them.
+    texts = await asyncio.to_thread(lambda: [_tokenise(backend, text) for text in given])
     selection = select(state, body.model, body.knn, body.exclude_documents)
-    scores = await until_disconnect(request, _run(backend, selection, texts, windows, request.state.request_id))
+    job = _Job(backend, selection, texts, windows, request.state.request_id)
+    try:
+        scores = await until_disconnect(request, job.scores())
+    finally:
+        job.close()
     return _render(backend, selection, texts, scores, body.per_token)
 
 
@@ -48,48 +54,55 @@ class _Text(NamedTuple):
     num_bytes: int  # UTF-8 bytes of the scored tokens
 
 
-async def _run(
-    backend: Backend, selection: Selection, texts: list[_Text], windows: Windows, request_id: str
-) -> dict[int, TokenScores]:
-    """Scores by position of the text; texts without a scored token are absent."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[KnnlmError | None] = loop.create_future()
-    scores: dict[int, TokenScores] = {}
-    scored = [index for index, text in enumerate(texts) if len(text.token_ids) > 1]
-    if not scored:
-        selection.release()
-        return scores
+class _Job:
+    """One HTTP request: its engine request, and the lease that is given back when that ends."""
 
-    def settle(error: KnnlmError | None) -> None:
-        if not done.done():
-            done.set_result(error)
+    def __init__(
+        self, backend: Backend, selection: Selection, texts: list[_Text], windows: Windows, request_id: str
+    ) -> None:
+        self._backend = backend
+        self._loop = asyncio.get_running_loop()
+        self._done: asyncio.Future[KnnlmError | None] = self._loop.create_future()
+        self._scores: dict[int, TokenScores] = {}
+        self._scored = [index for index, text in enumerate(texts) if len(text.token_ids) > 1]
+        self._selection = selection
+        self._request = ScoreRequest(
+            request_id=request_id,
+            texts=[texts[index].token_ids for index in self._scored],
+            retrieval=selection.retrieval,
+            window=windows.window,
+            stride=windows.stride,
+            on_text=lambda position, scores: self._scores.__setitem__(self._scored[position], scores),
+            on_end=self._ended,
+        )
+        if not self._scored:
+            self._ended(None)
+            return
+        try:
+            backend.engine.submit(self._request)
+        except KnnlmError:
+            selection.release()
+            raise
 
-    def ended(error: KnnlmError | None) -> None:
-        selection.release()
+    def _ended(self, error: KnnlmError | None) -> None:
+        self._selection.release()
         with suppress(RuntimeError):  # the event loop is gone: the server is shutting down
-            loop.call_soon_threadsafe(settle, error)
+            self._loop.call_soon_threadsafe(self._settle, error)
 
-    request = ScoreRequest(
-        request_id=request_id,
-        texts=[texts[index].token_ids for index in scored],
-        retrieval=selection.retrieval,
-        window=windows.window,
-        stride=windows.stride,
-        on_text=lambda position, result: scores.__setitem__(scored[position], result),
-        on_end=ended,
-    )
-    try:
-        backend.engine.submit(request)
-    except KnnlmError:
-        selection.release()
-        raise
-    try:
-        error = await done
-    finally:
-        backend.engine.abort(request)
-    if error is not None:
-        raise error
-    return scores
+    def _settle(self, error: KnnlmError | None) -> None:
+        if not self._done.done():
+            self._done.set_result(error)
+
+    async def scores(self) -> dict[int, TokenScores]:
+        """Scores by position of the text; texts without a scored token are absent. Raises what made it fail."""
+        error = await self._done
+        if error is not None:
+            raise error
+        return self._scores
+
+    def close(self) -> None:
+        """End what still runs; what has ended is left alone."""
+        self._backend.engine.abort(self._request)
 
 
 def _checked_texts(body: ScoreBody) -> list[str | TokenIds]:

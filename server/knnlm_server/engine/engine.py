@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class Engine:
         self._lm = lm
         self._eos = tuple(eos_token_ids)
         self._scheduler = Scheduler(lm.num_sequences, self.config.step_tokens)
-        self._scoring: list[ScoreRequest] = []
+        self._scoring: deque[ScoreRequest] = deque()
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._accepted: set[Request] = set()  # submitted and not yet ended
         self._closing = False
@@ -196,10 +197,11 @@ class Engine:
 
     @torch.inference_mode()
     def _score(self) -> None:
-        """One pass over windows of the oldest scoring request; a single window while others generate."""
+        """One pass over windows of a scoring request, each in turn; a single window while others generate."""
         if not self._scoring:
             return
         request = self._scoring[0]
+        self._scoring.rotate(-1)
         budget = 1 if self._scheduler.has_work() else self.config.score_tokens
         try:
             request.score(self._lm, request.take(budget))
