@@ -63,7 +63,9 @@ def run_build(settings: BuildSettings, reporter: Reporter) -> BuildResult:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     reporter.say(f"Loading {settings.model}")
-    lm = load_lm(settings.model, LoadOptions(settings.dtype, settings.device, settings.key_tap, progress=sys.stderr.isatty()))
+    lm = load_lm(
+        settings.model, LoadOptions(settings.dtype, settings.device, settings.key_tap, progress=sys.stderr.isatty())
+    )
     return build_with(lm, settings, reporter)
 
 

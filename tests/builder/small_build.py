@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tiny import tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from knnlm_builder.pipeline import BuildResult, build_with
@@ -21,10 +20,27 @@ from knnlm_builder.stages.plan import Plan, make_plan
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.tokenizer import Tokenizer
+from tiny import tiny_model, tiny_tokenizer
 
-_SUBJECTS = ("the key", "the value", "a datastore", "the server", "an entry", "der Speicher", "the café", "your thought")
+_SUBJECTS = (
+    "the key",
+    "the value",
+    "a datastore",
+    "the server",
+    "an entry",
+    "der Speicher",
+    "the café",
+    "your thought",
+)
 _VERBS = ("holds", "looks for", "predicts", "retrieves", "forgets", "enthält", "came before", "is next to")
-_ENDS = ("every token.", "the next token.", "nothing at all!", "keys like its own thought.", "你好，世界 🙂.", "a token, twice;")
+_ENDS = (
+    "every token.",
+    "the next token.",
+    "nothing at all!",
+    "keys like its own thought.",
+    "你好，世界 🙂.",
+    "a token, twice;",
+)
 
 
 def prose(seed: int, sentences: int = 10) -> str:

@@ -27,7 +27,7 @@ from knnlm_core.errors import DatastoreDoesNotHelp, EmptyCorpus, InvalidParamete
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.windows import context_length
 
-PAGES = [prose(seed) for seed in range(16)]
+PAGES = [prose(seed) for seed in range(10)]
 KEY_TOLERANCE = 2e-3  # keys reach 5, where float16 has a spacing of 4e-3
 
 
@@ -66,7 +66,7 @@ def test_every_key_is_the_lms_for_that_targets_own_context(store: Datastore) -> 
     lm = tiny_lm()
     context = store.manifest.context
     assert (context.window, context.stride) == (48, 20)
-    for document_id in store.document_ids()[::4]:
+    for document_id in store.document_ids()[::3]:
         ids = lm.tokenizer.encode(store.document(document_id).text)
         assert len(ids) > 100  # several windows
         need = reference_keys(lm, ids, context.window, context.stride)
@@ -125,8 +125,8 @@ def test_a_store_that_helps_is_published_with_its_figures(store: Datastore, reco
     quality = store.manifest.quality
     assert (quality["helps"], quality["forced"]) == (True, False)
     assert quality["recall_at_32"] == quality["self_recall"] == 1.0
-    assert recorder.said[0] == f"1 file read, 16 documents ({sum(map(len, PAGES))} characters)"
-    assert recorder.said[1].startswith(f"Store: 13 documents, {store.entries:,} entries. Held out: 3 documents, ")
+    assert recorder.said[0] == f"1 file read, 10 documents ({sum(map(len, PAGES))} characters)"
+    assert recorder.said[1].startswith(f"Store: 8 documents, {store.entries:,} entries. Held out: 2 documents, ")
     assert recorder.said[-1].startswith(f"Published law version {store.version}: {store.entries:,} entries")
 
 
@@ -218,12 +218,12 @@ def test_a_folder_of_any_format_becomes_a_store_of_its_texts(tmp_path: Path, kin
 
 
 def test_several_shards_hold_what_one_holds_entry_for_entry(tmp_path: Path, corpus: Path, store: Datastore) -> None:
-    settings = given(tmp_path, corpus, shard_entries=400)
+    settings = given(tmp_path, corpus, shard_entries=250)
     build(settings)
     with opened(settings) as several:
         sizes = [shard.entries for shard in several.manifest.shards]
         assert len(sizes) > 3
-        assert all(400 <= size < 400 + 48 for size in sizes[:-1])
+        assert all(250 <= size < 250 + 48 for size in sizes[:-1])
         assert several.entries == store.entries
         assert several.document_ids() == store.document_ids()
         assert torch.equal(all_values(several), all_values(store))
@@ -262,7 +262,7 @@ def version_of(settings: BuildSettings, folder: Path, lm: HuggingFaceLM | None =
         {"held_out_fraction": 0.21},
         {"held_out_max_tokens": 19_999},
         {"shard_entries": 999},
-        {"max_tokens": 1000},
+        {"max_tokens": 600},
     ],
     ids=str,
 )
@@ -332,7 +332,7 @@ def test_nothing_is_left_over_beside_a_published_store(tmp_path: Path, corpus: P
 # -- how much --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("max_tokens", [600, 601, 1111])
+@pytest.mark.parametrize("max_tokens", [600, 601])
 def test_max_tokens_is_how_many_entries_the_store_gets(tmp_path: Path, corpus: Path, max_tokens: int) -> None:
     settings = given(tmp_path, corpus, max_tokens=max_tokens, force=True)
     assert build(settings).entries == max_tokens
@@ -343,7 +343,7 @@ def test_max_tokens_is_how_many_entries_the_store_gets(tmp_path: Path, corpus: P
         assert PAGES[int(last.id.removeprefix("doc-"))].startswith(last.text)
 
 
-@pytest.mark.parametrize("max_tokens", [500, 1700])
+@pytest.mark.parametrize("max_tokens", [300, 1060])
 def test_max_tokens_holds_where_the_ends_of_documents_are_held_out(tmp_path: Path, max_tokens: int) -> None:
     book = tmp_path / "book.txt"
     book.write_text("".join(PAGES), encoding="utf-8")
@@ -369,13 +369,13 @@ def test_reading_stops_once_the_store_is_full_and_enough_is_held_out(tmp_path: P
 
 
 def test_no_more_is_held_out_than_asked_for(tmp_path: Path, corpus: Path) -> None:
-    for most in (64, 200, 300):
+    for most in (64, 140, 200):
         plan = plan_of(given(tmp_path, corpus, held_out_max_tokens=most), tmp_path / str(most))
         assert 0 < sum(document.num_tokens for document in plan.held_out) <= most
 
 
 def test_a_document_larger_than_all_that_may_be_held_out_stays_in_the_store(tmp_path: Path) -> None:
-    texts = ["".join(PAGES[i : i + 4]) for i in range(0, 16, 4)]
+    texts = ["".join(PAGES[i : i + 4]) for i in range(0, 8, 4)]
     source = write_jsonl(tmp_path / "chapters.jsonl", texts)
     plan = plan_of(given(tmp_path, source, held_out_fraction=0.5, held_out_max_tokens=500), tmp_path / "plan")
     assert len(plan.documents) == len(texts)
@@ -515,7 +515,7 @@ def test_a_store_beyond_exact_search_is_built_with_lists_that_pass_the_gate(
 ) -> None:
     monkeypatch.setattr(index, "EXACT_UP_TO", 100)
     monkeypatch.setattr(index, "MIN_TRAIN_PER_LIST", 8)
-    settings = given(tmp_path, corpus, shard_entries=1000)
+    settings = given(tmp_path, corpus, shard_entries=600)
     recorder = Recorder()
     build(settings, reporter=recorder)
     with opened(settings) as lists:

@@ -55,9 +55,7 @@ def evidence(base: Array, distances: Array, values: npt.NDArray[np.int64], targe
     neighbors = Neighbors(
         torch.arange(n * k).reshape(n, k), torch.from_numpy(distances).float(), torch.from_numpy(values)
     )
-    return Evidence(
-        torch.from_numpy(base).float(), neighbors, torch.from_numpy(targets), torch.arange(n) // 128
-    )
+    return Evidence(torch.from_numpy(base).float(), neighbors, torch.from_numpy(targets), torch.arange(n) // 128)
 
 
 def slow_nll(found: Evidence, knn_temperature: float, lmbda: float) -> float:
@@ -276,7 +274,7 @@ def test_the_interval_holds_the_true_gain_about_as_often_as_it_says() -> None:
 @pytest.fixture(scope="module")
 def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("noise") / "digits.txt"
-    path.write_text(random_digits(0, 3000))
+    path.write_text(random_digits(0, 1200))
     return path
 
 

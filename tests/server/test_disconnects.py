@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import Brake, LiveServer, slowed, wait_until
+from live_server import LiveServer, slowed, wait_until
 
 SOON_S = 5.0
 # Takes over a minute at a tenth of a second per step, so that only the disconnect can end it soon.
@@ -63,19 +63,17 @@ def test_leaving_before_anything_is_answered_frees_it(live_server: LiveServer, s
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_leaving_while_waiting_for_a_slot_frees_it(live_server: LiveServer, stream: bool) -> None:
-    with Brake(live_server.lm) as brake:
-        wide = send(live_server, "/v1/completions", {**BODY, "n": 8})
-        brake.wait_held()
-        waiting = [send(live_server, "/v1/completions", {**BODY, "stream": stream}) for _ in range(3)]
-        wait_until(lambda: live_server.leases() == 4)
-        for connection in waiting:
-            connection.close()
-        brake.allow(3)
-        wait_until(lambda: live_server.leases() == 1, within_s=SOON_S)
-        wide.close()
-        brake.release()
-        check_freed(live_server)
+def test_leaving_while_waiting_for_a_slot_frees_it(slow_server: LiveServer, stream: bool) -> None:
+    wide = send(slow_server, "/v1/completions", {**BODY, "n": 8})
+    wait_until(lambda: not slow_server.lm.num_free_sequences)
+    waiting = [send(slow_server, "/v1/completions", {**BODY, "stream": stream}) for _ in range(3)]
+    wait_until(lambda: slow_server.backend.engine.load().waiting == 3)
+    for connection in waiting:
+        connection.close()
+    wait_until(lambda: slow_server.leases() == 1, within_s=SOON_S)
+    assert not slow_server.lm.num_free_sequences
+    wide.close()
+    check_freed(slow_server)
 
 
 def test_leaving_a_score_frees_it(live_server: LiveServer) -> None:

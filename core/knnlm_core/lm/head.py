@@ -8,14 +8,13 @@ shallow twin that shares every parameter; the model itself is never changed.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-if TYPE_CHECKING:
-    from knnlm_core.lm.protocol import CausalLM
+from knnlm_core.lm.protocol import CausalLM
 
 LOGIT_ELEMENTS_PER_CHUNK = 1 << 24  # 64 MiB of float32 logits at a time
 

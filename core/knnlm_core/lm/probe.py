@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from knnlm_core.errors import UnsupportedModel
-from knnlm_core.lm.protocol import Span
-
-if TYPE_CHECKING:
-    from knnlm_core.lm.huggingface import HuggingFaceLM
+from knnlm_core.lm.protocol import CausalLM, Span
 
 _LENGTH = 24
 # Allowed difference relative to the spread of the logits, by how precise the weights are.
@@ -20,7 +17,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 6e-2, to
 
 
 @torch.inference_mode()
-def check_adapter(lm: HuggingFaceLM, model: Any) -> tuple[int, int]:
+def check_adapter(lm: CausalLM, model: Any) -> tuple[int, int]:
     """Compare head, window path and slot path with ``model(ids).logits``.
 
     Returns: key dimension and vocabulary size.

@@ -6,12 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from knnlm_builder.stages.fit import LMBDAS, Evidence, Fit
+from knnlm_builder.stages.fit import LMBDAS, Evidence, Fit, nll_by_lmbda
 from knnlm_core.datastore.calibration import Calibration
-from knnlm_core.knn.distribution import has_neighbors, target_log_probs
-from knnlm_core.knn.interpolation import interpolate_targets
 
 CURVE = "curve.png"
 
@@ -28,19 +24,15 @@ class Curve(NamedTuple):
 def lmbda_curves(evidence: Evidence, fits: Sequence[Fit]) -> list[Curve]:
     """One curve per k, at the τ that was fitted to it; only λ varies."""
     lmbdas = (0.0, *LMBDAS)
-    base = evidence.base.double()
-    curves = []
-    for fit in fits:
-        neighbors = evidence.nearest(fit.k).neighbors
-        tau = torch.full((len(base),), fit.knn_temperature)
-        knn = target_log_probs(neighbors, evidence.targets, knn_temperature=tau).double()
-        found = has_neighbors(neighbors)
-        means = [
-            interpolate_targets(base, knn, torch.where(found, lmbda, 0.0).double()).mean().neg().exp().item()
-            for lmbda in lmbdas
-        ]
-        curves.append(Curve(fit.k, fit.knn_temperature, lmbdas, tuple(means)))
-    return curves
+    return [
+        Curve(
+            fit.k,
+            fit.knn_temperature,
+            lmbdas,
+            tuple(nll_by_lmbda(evidence.nearest(fit.k), fit.knn_temperature, lmbdas).exp().tolist()),
+        )
+        for fit in fits
+    ]
 
 
 def draw_curves(path: Path, curves: Sequence[Curve], calibration: Calibration) -> bool:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from knnlm_core.knn.distribution import target_log_probs
+from knnlm_core.knn.distribution import has_neighbors, target_log_probs
 from knnlm_core.knn.interpolation import interpolate_targets
 from knnlm_core.types import Neighbors
 
@@ -54,7 +54,7 @@ class Fit(NamedTuple):
 def mixed_log_probs(evidence: Evidence, knn_temperature: float, lmbda: float) -> Tensor:
     """(N,) log p of each token under the mixture; a token without neighbours keeps the base LM's."""
     count = len(evidence.base)
-    found = (evidence.neighbors.entry_ids >= 0).any(dim=1)
+    found = has_neighbors(evidence.neighbors)
     knn = target_log_probs(evidence.neighbors, evidence.targets, knn_temperature=torch.full((count,), knn_temperature))
     return interpolate_targets(evidence.base, knn, torch.where(found, lmbda, 0.0))
 
@@ -62,21 +62,26 @@ def mixed_log_probs(evidence: Evidence, knn_temperature: float, lmbda: float) ->
 def fit(evidence: Evidence, k: int) -> Fit:
     """The τ and λ of the grid with the lowest NLL at a given k."""
     evidence = evidence.nearest(k)
-    found = (evidence.neighbors.entry_ids >= 0).any(dim=1)
+    found = has_neighbors(evidence.neighbors)
     nearest = evidence.neighbors.distances[found, 0]
     # An exact repetition is at distance 0: τ needs something above it.
     scale = max(float(nearest.median()) if len(nearest) else 1.0, 1e-3)
-    base = evidence.base.double()
-    best = Fit(k, scale, 0.0, -float(base.mean()))
+    best = Fit(k, scale, 0.0, -float(evidence.base.double().mean()))
     for factor in TAU_FACTORS:
-        tau = torch.full((len(base),), scale * factor)
-        knn = target_log_probs(evidence.neighbors, evidence.targets, knn_temperature=tau).double()
-        for lmbda in LMBDAS:
-            weight = torch.where(found, lmbda, 0.0).double()
-            nll = -float(interpolate_targets(base, knn, weight).mean())
-            if nll < best.nll:
-                best = Fit(k, scale * factor, lmbda, nll)
+        nlls = nll_by_lmbda(evidence, scale * factor, LMBDAS)
+        at = int(nlls.argmin())
+        if nlls[at] < best.nll:
+            best = Fit(k, scale * factor, LMBDAS[at], float(nlls[at]))
     return best
+
+
+def nll_by_lmbda(evidence: Evidence, knn_temperature: float, lmbdas: Sequence[float]) -> Tensor:
+    """(L,) float64, the mean negative log-likelihood for each λ at one τ."""
+    tau = torch.full((len(evidence.base),), knn_temperature)
+    knn = target_log_probs(evidence.neighbors, evidence.targets, knn_temperature=tau).double()
+    found = has_neighbors(evidence.neighbors)
+    weights = torch.where(found, torch.tensor(lmbdas, dtype=torch.float64)[:, None], 0.0)  # (L, N)
+    return -interpolate_targets(evidence.base.double(), knn, weights).mean(dim=1)
 
 
 def choose(evidence: Evidence) -> tuple[Fit, Sequence[Fit]]:

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, VOCAB, tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from knnlm_core.errors import Overloaded, PromptTooLong
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.protocol import Rows, Span
 from knnlm_core.lm.tokenizer import Tokenizer
+from tiny import FAMILIES, VOCAB, tiny_model, tiny_tokenizer
 
 LENGTH = 60  # five times the sliding windows of the tiny families
 TOLERANCE = 1e-4
@@ -245,8 +245,6 @@ def test_the_shortest_contexts_can_be_asked_for(max_length: int) -> None:
 def test_a_bound_on_the_cache_lowers_the_number_of_sequences() -> None:
     tokenizer = Tokenizer(tiny_tokenizer())
     per_sequence = HuggingFaceLM(tiny_model("llama"), tokenizer, name="l", max_sequences=1).kv_cache_bytes
-    lm = HuggingFaceLM(
-        tiny_model("llama"), tokenizer, name="l", max_sequences=8, kv_cache_bytes=3 * per_sequence + 1
-    )
+    lm = HuggingFaceLM(tiny_model("llama"), tokenizer, name="l", max_sequences=8, kv_cache_bytes=3 * per_sequence + 1)
     assert lm.num_sequences == 3
     assert lm.kv_cache_bytes == 3 * per_sequence

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TEXT, save_tiny, tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from knnlm_core.lm.fingerprint import model_fingerprint, tokenizer_fingerprint
 from knnlm_core.lm.loading import LoadOptions, load_lm
+from tiny import TEXT, save_tiny, tiny_model, tiny_tokenizer
 
 
 def fingerprint(model: Any) -> str:

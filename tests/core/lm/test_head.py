@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, VOCAB, tiny_model, tiny_tokenizer
 
 from knnlm_core.lm import head
 from knnlm_core.lm.head import OutputHead, log_probs_of_targets
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.tokenizer import Tokenizer
+from tiny import FAMILIES, VOCAB, tiny_model, tiny_tokenizer
 
 IDS = torch.randint(1, VOCAB, (1, 40), generator=torch.Generator().manual_seed(0))
 

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from tiny import FAMILIES, VOCAB, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModel, MambaConfig
 
@@ -17,6 +16,7 @@ from knnlm_core.lm import key_tap
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.key_tap import FFN_INPUT, FINAL_HIDDEN, KeyTap, find_key_tap
 from knnlm_core.lm.tokenizer import Tokenizer
+from tiny import FAMILIES, VOCAB, tiny_model, tiny_tokenizer
 
 Array = npt.NDArray[np.float64]
 IDS = torch.randint(1, VOCAB, (1, 30), generator=torch.Generator().manual_seed(0))
@@ -106,7 +106,11 @@ def test_the_gpt2_key_is_the_normed_residual_after_the_last_attention() -> None:
     np.testing.assert_allclose(keys_of(model).numpy(), layer_norm(residual, block.ln_2), atol=1e-4)
 
 
-FFN = {"gpt2": "transformer.h.2.mlp", "opt": "model.decoder.layers.2.fc1", "gpt_neox-sequential": "gpt_neox.layers.2.mlp"}
+FFN = {
+    "gpt2": "transformer.h.2.mlp",
+    "opt": "model.decoder.layers.2.fc1",
+    "gpt_neox-sequential": "gpt_neox.layers.2.mlp",
+}
 SEQUENTIAL = sorted(FAMILIES.keys() - {"gpt_neox", "phi", "cohere", "gptj"})
 
 

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from gguf_file import write_gguf
-from tiny import TEXT, save_tiny, tiny_model, tiny_tokenizer
 
 from knnlm_core.errors import InvalidParameter, KnnlmError, ModelLoadError, ModelNotFound
 from knnlm_core.lm.gguf import convert_gguf
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.loading import LoadOptions, load_lm, model_name
 from knnlm_core.lm.tokenizer import Tokenizer
+from tiny import TEXT, save_tiny, tiny_model, tiny_tokenizer
 
 IDS = torch.randint(1, 400, (50,), generator=torch.Generator().manual_seed(0)).tolist()
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import TEXT, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer
 
 from knnlm_core.errors import InvalidParameter, UnsupportedModel
 from knnlm_core.lm.tokenizer import Tokenizer
+from tiny import TEXT, tiny_tokenizer
 
 MULTILINGUAL = [
     TEXT,
