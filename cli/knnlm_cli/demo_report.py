@@ -49,7 +49,9 @@ def print_sources(console: Console, trace: Sequence[TraceEntry]) -> None:
 
 def print_perplexity(console: Console, title: str, total: ScoreTotal) -> None:
     """Perplexity and bits per byte under the base LM and under the mixture."""
-    table = Table(title=f"A passage that the datastore has not seen: {title}", title_justify="left")
+    # No title of the table's: that would be folded to its width, and brackets in an id taken for markup.
+    console.print(Text(f"A passage that the datastore has not seen: {title}", style="italic"), soft_wrap=True)
+    table = Table()
     table.add_column("")
     table.add_column("perplexity", justify="right")
     table.add_column("bits per byte", justify="right")

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from knnlm_core.errors import InvalidKnnParams
+from knnlm_core.errors import InvalidKnnParams, KnnlmError
 from knnlm_core.knn.distribution import has_neighbors, knn_log_probs, target_log_probs
 from knnlm_core.knn.gates import Gate
 from knnlm_core.knn.interpolation import interpolate, interpolate_targets
 from knnlm_core.types import EntryRange, Neighbors
 
 MAX_K = 4096
+# Far inside float32, in which τ is applied; distances of real models lie between 1 and 10⁴.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e9
 
 
 class Searchable(Protocol):
@@ -35,7 +37,7 @@ class Retrieval:
     Attributes:
         datastore: the snapshot that the row's request has leased.
         k: neighbours per query, 1 … MAX_K.
-        knn_temperature: τ > 0, in units of squared distance.
+        knn_temperature: τ, in units of squared distance.
         lmbda: λ in [0, 1], weight of p_knn.
         gate: when to search.
         exclude: entries that must not be found, such as those of the document being scored.
@@ -52,9 +54,9 @@ class Retrieval:
         """Raises InvalidKnnParams: naming the field, its limits and its value."""
         if not 1 <= self.k <= MAX_K:
             raise InvalidKnnParams(f"`knn.k` must be in 1 … {MAX_K}, got {self.k}", param="knn.k")
-        if not (0 < self.knn_temperature < math.inf):
+        if not MIN_TEMPERATURE <= self.knn_temperature <= MAX_TEMPERATURE:
             raise InvalidKnnParams(
-                f"`knn.temperature` must be a finite number above 0, got {self.knn_temperature:g}",
+                f"`knn.temperature` must be in {MIN_TEMPERATURE:g} … {MAX_TEMPERATURE:g}, got {self.knn_temperature:g}",
                 param="knn.temperature",
             )
         if not 0 <= self.lmbda <= 1:
@@ -68,6 +70,7 @@ class Found(NamedTuple):
     lmbda: Tensor  # (B,) float32, the λ applied; 0 where nothing was searched or found
     neighbors: Neighbors  # (B, K), all missing where nothing was searched
     knn_temperature: Tensor  # (B,) float32
+    failures: Mapping[int, KnnlmError]  # rows whose datastore could not be searched, and why
 
 
 class MixedRows(NamedTuple):
@@ -87,6 +90,8 @@ class MixedTargets(NamedTuple):
 def find(keys: Tensor, retrievals: Sequence[Retrieval | None]) -> Found:
     """Gate and search: one call per snapshot and exclusion for all the rows that share them.
 
+    A datastore that fails takes only its own rows along: they are reported in ``failures`` and have no neighbours.
+
     Args:
         keys: (B, D) float32.
         retrievals: per row, None for a row of the plain LM.
@@ -104,11 +109,17 @@ def find(keys: Tensor, retrievals: Sequence[Retrieval | None]) -> Found:
         torch.full((batch, width), math.inf, device=device),
         torch.full((batch, width), -1, dtype=torch.int64, device=device),
     )
+    failures: dict[int, KnnlmError] = {}
     for (_, exclude), rows in groups.items():
         retrieval = retrievals[rows[0]]
         assert retrieval is not None
         k = int(ks[rows].max())
-        for into, part in zip(neighbors, retrieval.datastore.search(keys[rows], k, exclude=exclude), strict=True):
+        try:
+            parts = retrieval.datastore.search(keys[rows], k, exclude=exclude)
+        except KnnlmError as error:
+            failures.update(dict.fromkeys(rows, error))
+            continue
+        for into, part in zip(neighbors, parts, strict=True):
             into[rows, :k] = part.to(device)
     # A row that asked for fewer neighbours than its group sees only its own.
     beyond = torch.arange(width, device=device)[None] >= ks[:, None]
@@ -118,7 +129,7 @@ def find(keys: Tensor, retrievals: Sequence[Retrieval | None]) -> Found:
     searched[searched_rows] = True
     lmbda = torch.tensor([r.lmbda if r else 0.0 for r in retrievals], device=device)
     tau = torch.tensor([r.knn_temperature if r else 1.0 for r in retrievals], device=device)
-    return Found(searched, torch.where(has_neighbors(neighbors), lmbda, 0.0), neighbors, tau)
+    return Found(searched, torch.where(has_neighbors(neighbors), lmbda, 0.0), neighbors, tau, failures)
 
 
 def mix_rows(lm_log_probs: Tensor, keys: Tensor, retrievals: Sequence[Retrieval | None]) -> MixedRows:
@@ -144,7 +155,10 @@ def mix_targets(
         lm_log_probs: (B,) float32, the LM's log-probability of each target.
         keys: (B, D) float32.
         targets: (B,) int64.
+    Raises: KnnlmError: a datastore could not be searched.
     """
     found = find(keys, retrievals)
+    for error in found.failures.values():
+        raise error
     knn = target_log_probs(found.neighbors, targets, knn_temperature=found.knn_temperature)
     return MixedTargets(interpolate_targets(lm_log_probs, knn, found.lmbda), found)

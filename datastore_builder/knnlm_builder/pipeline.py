@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from pydantic import JsonValue
 
+from knnlm_builder.corpus import read_documents
 from knnlm_builder.journal import discard_other_builds, exclusive
 from knnlm_builder.progress import Reporter
 from knnlm_builder.settings import BuildSettings
@@ -62,6 +63,7 @@ def run_build(settings: BuildSettings, reporter: Reporter) -> BuildResult:
     layout.check_name(settings.name)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    read_documents(settings.inputs)  # a path that does not exist is known before the model is loaded
     reporter.say(f"Loading {settings.model}")
     lm = load_lm(
         settings.model, LoadOptions(settings.dtype, settings.device, settings.key_tap, progress=sys.stderr.isatty())
@@ -220,8 +222,8 @@ def _publish(
     # A calibration of a version that was never published is what an interrupted build left.
     shutil.rmtree(layout.calibration_folder(settings.output, settings.name, calibration.id), ignore_errors=True)
     beside = write_calibration(settings.output, settings.name, calibration)
-    if not draw_curves(beside / CURVE, curves, calibration):
-        reporter.say(f"{CURVE} is not drawn: matplotlib is not installed (pip install 'knnlm[plot]')")
+    if problem := draw_curves(beside / CURVE, curves, calibration):
+        reporter.say(f"{CURVE} is not drawn: {problem}")
     publish(settings.output, settings.name, version, calibration.id)
 
 

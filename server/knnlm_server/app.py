@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 import torch
 from fastapi import FastAPI
 
 from knnlm_core import __version__
-from knnlm_core.errors import KnnlmError
+from knnlm_core.errors import DatastoreError, InvalidParameter, KnnlmError
 from knnlm_core.lm.loading import LoadOptions, load_lm, model_name
 from knnlm_server.api import completions, datastores, health, models, score
 from knnlm_server.api.errors import install_error_handlers
 from knnlm_server.api.middleware import BodyLimit, RequestLog
+from knnlm_server.api.selection import SEPARATOR
 from knnlm_server.api.state import Backend, Service
 from knnlm_server.engine.engine import Engine, EngineConfig
 from knnlm_server.registry.registry import Registry
@@ -72,6 +75,12 @@ async def _start(state: Service, on_failure: Callable[[], None]) -> None:
 def build_backend(state: Service) -> Backend:
     """Load the LM and the datastores, start the engine."""
     settings = state.settings
+    name = settings.served_model_name or model_name(settings.model)
+    if SEPARATOR in name:
+        raise InvalidParameter(
+            f"`served_model_name` must not hold {SEPARATOR!r}, which separates LM and datastore; got {name!r}",
+            param="served_model_name",
+        )
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     lm = load_lm(
@@ -79,24 +88,37 @@ def build_backend(state: Service) -> Backend:
         LoadOptions(
             dtype=settings.dtype,
             device=settings.device,
+            key_tap=settings.key_tap,
             max_length=settings.max_model_len,
             max_sequences=settings.max_sequences,
             kv_cache_bytes=settings.kv_cache_bytes,
             progress=sys.stderr.isatty(),
         ),
     )
-    registry = Registry(settings.datastores, lm.identity)
-    names = settings.load or registry.published()
-    for name in names:
-        state.waiting_for = f"datastore {name!r} to load"
-        registry.load(name)
+    registry = Registry(settings.datastores, lm.identity, verified=_verified_folder())
+    for datastore in settings.load or registry.published():
+        state.require_open()
+        state.waiting_for = f"datastore {datastore!r} to load"
+        try:
+            registry.load(datastore)
+        except DatastoreError as error:
+            # A store asked for by name must load; one that merely lies under the root must not stop the others.
+            if settings.load:
+                raise
+            logger.error("datastore skipped name=%s code=%s %s", datastore, error.code, error.message)
     if settings.default_datastore is not None:
         registry.status(settings.default_datastore)
     engine = Engine(
         lm, lm.tokenizer.eos_token_ids, EngineConfig(step_tokens=settings.step_tokens, max_queued=settings.max_queued)
     )
+    state.require_open()
     engine.start()
-    return Backend(lm, lm.tokenizer, engine, registry, settings.served_model_name or model_name(settings.model))
+    return Backend(lm, lm.tokenizer, engine, registry, name)
+
+
+def _verified_folder() -> Path:
+    """Where this machine remembers which versions it has verified."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "knnlm" / "verified"
 
 
 def _stop(backend: Backend, drain_timeout_s: float) -> None:

@@ -28,6 +28,7 @@ def serve(
     runtime: Annotated[str | None, _option("runtime", "--runtime")] = None,
     dtype: Annotated[str | None, _option("dtype", "--dtype")] = None,
     device: Annotated[str | None, _option("device", "--device")] = None,
+    key_tap: Annotated[str | None, _option("key_tap", "--key-tap")] = None,
     threads: Annotated[int | None, _option("threads", "--threads")] = None,
     max_model_len: Annotated[int | None, _option("max_model_len", "--max-model-len")] = None,
     max_sequences: Annotated[int | None, _option("max_sequences", "--max-sequences")] = None,

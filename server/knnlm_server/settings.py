@@ -38,6 +38,9 @@ class ServerSettings(BaseSettings):
     runtime: Literal["transformers"] = Field(default="transformers", description="What runs the LM.")
     dtype: str = Field(default="auto", description="Weights: auto, float32, bfloat16 or float16.")
     device: str = Field(default="auto", description="auto, cpu or cuda[:N].")
+    key_tap: str | None = Field(
+        default=None, description="Which activation is the key, as the datastores were built; by default the family's."
+    )
     threads: int | None = Field(default=None, ge=1, description="CPU threads; by default what torch and FAISS choose.")
     max_model_len: int | None = Field(
         default=None,

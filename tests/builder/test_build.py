@@ -23,7 +23,7 @@ from knnlm_builder.settings import BuildSettings
 from knnlm_builder.stages.held_out import BLOCK_TOKENS, encode_held_out
 from knnlm_core.datastore import index, layout, manifest
 from knnlm_core.datastore.reader import Datastore
-from knnlm_core.errors import DatastoreDoesNotHelp, EmptyCorpus, InvalidParameter, KnnlmError
+from knnlm_core.errors import DatastoreDoesNotHelp, EmptyCorpus, InvalidParameter
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.windows import context_length
 
@@ -156,13 +156,27 @@ def test_a_picture_of_the_calibration_lies_beside_it(folder: Path, store: Datast
     assert (beside / "curve.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ImportError(), "matplotlib is not installed (pip install 'knnlm[plot]')"),
+        (OSError("no writable folder"), "matplotlib does not start: no writable folder"),
+    ],
+)
 def test_without_matplotlib_the_build_says_that_there_is_no_picture(
-    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    class Absent:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "matplotlib.figure":
+                raise error
+
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
     recorder = Recorder()
     build(given(tmp_path, corpus), reporter=recorder)
-    assert "curve.png is not drawn: matplotlib is not installed (pip install 'knnlm[plot]')" in recorder.said
+    assert f"curve.png is not drawn: {reason}" in recorder.said
+    assert layout.published_names(tmp_path) == ["law"]
     assert not list(tmp_path.rglob("curve.png"))
 
 
@@ -501,13 +515,14 @@ def test_the_smallest_corpora_are_built_or_refused_in_so_many_words(tmp_path: Pa
     (tmp_path / "tiny.txt").write_text("x" * tokens)  # a token each
     (tmp_path / "tinier.txt").write_text("yy" if tokens else "")
     settings = given(tmp_path / "stores", tmp_path / "tiny.txt", tmp_path / "tinier.txt", seed=seed)
+    if tokens >= 80:
+        assert build(settings).entries >= 64
+        return
     try:
-        build(settings)
-    except KnnlmError as error:
-        assert isinstance(error, EmptyCorpus | DatastoreDoesNotHelp)
-        assert tokens < 80
-    else:
-        assert tokens >= 5
+        entries = build(settings).entries
+    except (EmptyCorpus, DatastoreDoesNotHelp):
+        return
+    assert entries >= 2
 
 
 def test_a_store_beyond_exact_search_is_built_with_lists_that_pass_the_gate(

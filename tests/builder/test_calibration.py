@@ -151,6 +151,12 @@ def test_more_neighbours_are_taken_when_they_help() -> None:
     assert fits[0].nll > chosen.nll + math.log1p(K_TOLERANCE)
 
 
+def test_the_smaller_k_is_taken_when_more_neighbours_add_next_to_nothing() -> None:
+    chosen, fits = choose(mixture(3000, 40, 8.0, 0.5, seed=9))
+    assert chosen == fits[1]
+    assert fits[2].nll < fits[1].nll < fits[2].nll + math.log1p(K_TOLERANCE)
+
+
 def test_the_curve_of_each_k_is_its_perplexity_at_every_lambda() -> None:
     found = mixture(400, 40, 6.0, 0.4, seed=7)
     _, fits = choose(found)

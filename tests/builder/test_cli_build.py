@@ -88,7 +88,7 @@ def test_a_build_prints_what_it_did_and_publishes(model: Path, pages: Path, tmp_
 
 
 def test_the_console_script_prints_an_error_as_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "knnlm_cli", "build", "--model", "/no/such/model", "--input", "x", "--output"]
+    command = [sys.executable, "-m", "knnlm_cli", "build", "--model", "/no/such/model", "--input", ".", "--output"]
     command += [str(tmp_path), "--name", "law"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"NO_COLOR": "1"})
     assert done.returncode == 1
@@ -143,8 +143,8 @@ def test_a_bad_input_is_told_in_one_line_and_leaves_nothing_published(model: Pat
     assert re.search(message, line), line
     with pytest.raises(DatastoreNotFound):
         Datastore.open(tmp_path / "stores", "law")
-    left = [path.name for path in (tmp_path / "stores" / "law").iterdir()]
-    assert left == ["build.lock"]
+    left = [path.name for path in (tmp_path / "stores").rglob("*") if path.is_file()]
+    assert left == ([] if kind == "missing" else ["build.lock"])
 
 
 BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
@@ -172,6 +172,11 @@ def test_a_bad_option_is_told_in_one_line_with_limit_and_value(
     line = refused(*defaults, *options)  # the last one given counts
     assert re.search(message, line), line
     assert not (tmp_path / "stores").exists()
+
+
+def test_a_missing_input_is_told_before_the_model_is_loaded(tmp_path: Path) -> None:
+    line = refused("--model", "/no/such/model", "--input", tmp_path / "no.txt", "--output", tmp_path, "--name", "law")
+    assert "no.txt' does not exist (input_not_found)" in line
 
 
 def test_an_output_that_is_a_file_is_refused(model: Path, pages: Path, tmp_path: Path) -> None:

@@ -75,7 +75,6 @@ def kill(settings: BuildSettings, until: str) -> None:
 MOMENTS = {
     "while the third shard is encoded": "*.tmp/shard-00002/keys.raw",
     "while shards are indexed": "*.tmp/shard-00000/index.faiss",
-    "while it is calibrated": "*.tmp/manifest.json",
     "between calibration and publication": "calibrations/*/calibration.json",
 }
 

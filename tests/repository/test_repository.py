@@ -1,14 +1,16 @@
-"""Claims about the repository's own files: the wheel, the pins, the Makefile, the entry points."""
+"""Claims about the repository's own files: the wheel and its installation, the pins, the Makefile, the entry points."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
 import sys
 import tomllib
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from packaging.requirements import Requirement
@@ -17,6 +19,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("knnlm_core", "knnlm_builder", "knnlm_server", "knnlm_cli")
+SWIG = "ignore:builtin type:DeprecationWarning"  # of FAISS's bindings, as in pyproject.toml
 TARGETS = ("help", "install", "model", "demo", "test", "check", "bench", "clean")
 
 
@@ -27,14 +30,43 @@ def project() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def wheel_files(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     built = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = folder.glob("knnlm-*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel_files(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
         return set(archive.namelist())
+
+
+class Installed(NamedTuple):
+    """The wheel as pip has put it into a folder of its own; dependencies are those of the test's environment."""
+
+    folder: Path
+    elsewhere: Path  # an empty working directory
+
+    def python(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run Python with the folder first on its path, and neither the checkout nor the working directory before."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "KNNLM_"))}
+        environment |= {"PYTHONPATH": str(self.folder), "COLUMNS": "120", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-P", *arguments]
+        return subprocess.run(command, cwd=self.elsewhere, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    folder, elsewhere = tmp_path_factory.mktemp("installed"), tmp_path_factory.mktemp("elsewhere")
+    options = ["--no-deps", "--no-index", "--no-compile", "--disable-pip-version-check", "--target", str(folder)]
+    command = [sys.executable, "-m", "pip", "install", *options, str(wheel)]
+    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Installed(folder, elsewhere)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -60,6 +92,66 @@ def test_the_wheel_carries_every_module_of_the_checkout(wheel_files: set[str], p
 def test_the_wheel_carries_nothing_but_the_packages_and_its_own_metadata(wheel_files: set[str]) -> None:
     tops = {name.partition("/")[0] for name in wheel_files}
     assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
+
+
+# Modules are named one by one: a walk through the packages passes over folders without an `__init__.py`.
+IMPORT_ALL = """
+import importlib, json, sys
+modules = [importlib.import_module(name) for name in sys.argv[1:]]
+print(json.dumps({module.__name__: module.__file__ for module in modules}))
+"""
+
+
+def test_every_module_of_the_installed_wheel_can_be_imported(installed: Installed, wheel_files: set[str]) -> None:
+    paths = {name for name in wheel_files if name.endswith(".py")}
+    modules = {path.removesuffix("/__init__.py").removesuffix(".py").replace("/", "."): path for path in paths}
+    assert modules.keys() > set(PACKAGES)
+    done = installed.python("-W", "error", "-W", SWIG, "-c", IMPORT_ALL, *sorted(modules))
+    assert done.returncode == 0, done.stderr
+    imported = json.loads(done.stdout)
+    assert imported == {module: str(installed.folder / path) for module, path in modules.items()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--help"], ("build", "serve", "model", "demo", "--version", "--debug")),
+        (["build", "--help"], ("--model", "--input", "--output", "--name", "--held-out-fraction")),
+        (["serve", "--help"], ("--model", "--datastores", "--load", "--admin-key", "--drain-timeout-s")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_installed_wheel_explains_its_commands(
+    installed: Installed, arguments: list[str], words: tuple[str, ...]
+) -> None:
+    done = installed.python("-m", "knnlm_cli", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    missing = [word for word in words if word not in done.stdout]
+    assert not missing, done.stdout
+    assert "Not available" not in done.stdout
+
+
+def test_the_installed_console_script_runs_and_knows_its_version(installed: Installed, wheel: Path) -> None:
+    done = installed.python(str(installed.folder / "bin" / "knnlm"), "--version")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"knnlm {wheel.name.split('-')[1]}\n"
+
+
+FILES_OF_COMMANDS = """
+import json
+from importlib.metadata import entry_points
+entries = entry_points(group="knnlm.commands")
+print(json.dumps({entry.name: entry.load().__code__.co_filename for entry in entries}))
+"""
+
+
+def test_the_installed_wheel_declares_every_command_as_its_own(installed: Installed, project: dict[str, Any]) -> None:
+    done = installed.python("-c", FILES_OF_COMMANDS)
+    assert done.returncode == 0, done.stderr
+    entries = project["entry-points"]["knnlm.commands"].items()
+    modules = {name: value.partition(":")[0].replace(".", "/") for name, value in entries}
+    assert json.loads(done.stdout) == {name: f"{installed.folder / module}.py" for name, module in modules.items()}
 
 
 def test_every_dependency_is_pinned_to_a_version_that_the_project_allows(project: dict[str, Any]) -> None:

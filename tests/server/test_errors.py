@@ -14,11 +14,15 @@ from typing import Any
 import httpx
 import pytest
 from live_server import Brake, LiveServer, parse_events, wait_until
+from pydantic import ValidationError
 from small_stores import Published, Start
 
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.publish import set_current
+from knnlm_core.datastore.reader import Datastore
+from knnlm_core.errors import DatastoreCorrupt
 from knnlm_core.lm.huggingface import HuggingFaceLM
+from knnlm_server.api.schemas import CompletionBody
 from knnlm_server.engine import engine as engine_module
 
 LAW = "tiny-lm@law"
@@ -55,7 +59,9 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], int, str, str | None, str]] = [
     ({"knn": {"lambda": 0.5}}, 400, "invalid_parameter", "knn.lambda", "needs a datastore"),
     ({"knn": {**KNN, "lambda": 2}}, 400, "invalid_knn_params", "knn.lambda", r"0 … 1, got 2"),
     ({"knn": {**KNN, "lambda": -0.1}}, 400, "invalid_knn_params", "knn.lambda", r"got -0\.1"),
-    ({"knn": {**KNN, "temperature": 0}}, 400, "invalid_knn_params", "knn.temperature", "above 0, got 0"),
+    ({"knn": {**KNN, "temperature": 0}}, 400, "invalid_knn_params", "knn.temperature", "1e-06 … .*, got 0"),
+    ({"knn": {**KNN, "temperature": 1e-46}}, 400, "invalid_knn_params", "knn.temperature", "got 1e-46"),
+    ({"knn": {**KNN, "temperature": 1e39}}, 400, "invalid_knn_params", "knn.temperature", r"got 1e\+39"),
     ({"knn": {**KNN, "k": 0}}, 400, "invalid_knn_params", "knn.k", "1 … 4096, got 0"),
     ({"knn": {**KNN, "k": 10**6}}, 400, "invalid_knn_params", "knn.k", "1 … 4096, got 1000000"),
     ({"knn": {**KNN, "gate": "sometimes"}}, 400, "invalid_knn_params", "knn.gate", "always, never, got 'sometimes'"),
@@ -103,6 +109,10 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], int, str, str | None, str]] = [
     ({"stop": 7}, 400, "invalid_parameter", "stop", ""),
     ({"stop_token_ids": [512]}, 400, "invalid_parameter", "stop_token_ids", "got 512"),
     ({"logit_bias": {"x": 1}}, 400, "invalid_parameter", "logit_bias", "'x'"),
+    ({"logit_bias": {"--5": 1}}, 400, "invalid_parameter", "logit_bias", "'--5'"),
+    ({"logit_bias": {"²": 1}}, 400, "invalid_parameter", "logit_bias", "'²'"),
+    ({"logit_bias": {"5": "1"}}, 400, "invalid_parameter", "logit_bias", "for token 5"),
+    ({"logit_bias": {str(i): "x" for i in range(2000)}}, 400, "invalid_parameter", "logit_bias", "1024 .*got 2000"),
     ({"logit_bias": {"512": 1}}, 400, "invalid_parameter", "logit_bias", "got 512"),
     ({"logit_bias": {"1": 1e9}}, 400, "invalid_parameter", "logit_bias", "for token 1"),
 ]
@@ -370,6 +380,24 @@ def test_until_ready_every_answer_is_503_with_a_reason(
     }  # fmt: skip
 
 
+def damage_current(root: Path, name: str) -> None:
+    """Make a version without an index the current one."""
+    index = next(root.glob(f"{name}/*/shard-00000/index.faiss"))
+    index.unlink()
+    layout.write_current(root, name, layout.Current(index.parent.parent.name, None))
+
+
+def test_a_damaged_datastore_that_nobody_asked_for_by_name_is_skipped(
+    start_server: Start, own_root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage_current(own_root, "law")
+    server = start_server(datastores=own_root)
+    assert server.http.get("/ready").json()["datastores"] == ["news"]
+    assert server.http.get("/v1/datastores").json()["published"] == ["law"]
+    (record,) = [r for r in caplog.records if "datastore skipped" in r.message]
+    assert "index.faiss" in record.message
+
+
 @pytest.mark.parametrize("wrong", ["model", "datastore"])
 def test_a_start_that_fails_says_why(
     published: Published, start_server: Start, own_root: Path, wrong: str, caplog: pytest.LogCaptureFixture
@@ -378,11 +406,8 @@ def test_a_start_that_fails_says_why(
     if wrong == "model":
         server = start_server(wait=False, model=str(published.model / "missing"))
     else:
-        next(own_root.glob("law/*/shard-00000/index.faiss")).unlink()
-        (version,) = (path.parent.parent.name for path in own_root.glob("law/*/shard-00000/keys.arrow")
-                      if not (path.parent / "index.faiss").exists())  # fmt: skip
-        layout.write_current(own_root, "law", layout.Current(version, None))
-        server = start_server(wait=False, datastores=own_root)
+        damage_current(own_root, "law")
+        server = start_server(wait=False, datastores=own_root, load=("law",))
     wait_until(lambda: bool(server.failures))
     assert server.failures == ["failed"]
     error = check_error(server.http.get("/ready"), 503, "not_ready")
@@ -616,3 +641,26 @@ def test_a_failure_in_the_middle_of_a_stream_is_an_event(
             "code": "engine_failure",
         }
     }
+
+
+def test_a_long_list_of_bad_elements_is_one_error_not_millions() -> None:
+    with pytest.raises(ValidationError) as caught:
+        CompletionBody.model_validate({"prompt": [1.5] * 10_000})
+    assert caught.value.error_count() <= 4  # one for each form that a prompt can have
+
+
+def test_a_datastore_that_cannot_be_searched_fails_its_own_requests_alone(
+    live_server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*args: Any, **kwargs: Any) -> Any:
+        raise DatastoreCorrupt("values.arrow holds token 999999")
+
+    with ThreadPoolExecutor(4) as pool:
+        plain = [
+            pool.submit(live_server.post, "/v1/completions", {"prompt": PROMPT, "max_tokens": 60, "ignore_eos": True})
+            for _ in range(3)
+        ]
+        monkeypatch.setattr(Datastore, "search", damaged)
+        mixed = live_server.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 4, "knn": KNN})
+        assert check_error(mixed, 409, "datastore_corrupt")["message"] == "values.arrow holds token 999999"
+        assert [answer.result().status_code for answer in plain] == [200, 200, 200]

@@ -101,9 +101,7 @@ def test_releasing_twice_is_harmless(registry: Registry) -> None:
     assert registry.status("law").leases == 0
 
 
-def test_fifty_swaps_under_leases_give_everything_back(
-    own_root: Path, published: Published, lm: HuggingFaceLM
-) -> None:
+def test_fifty_swaps_under_leases_give_everything_back(own_root: Path, published: Published, lm: HuggingFaceLM) -> None:
     process, registry = psutil.Process(), Registry(own_root, lm.identity)
     versions = (published.law_old, published.law_new)
     for version in versions:  # what the first loads leave in caches is no leak

@@ -74,7 +74,7 @@ def test_serve_answers_drains_on_sigterm_and_exits_with_zero(published: Publishe
             client.get("/ready")
     text = log.read_text()
     assert "Traceback" not in text
-    assert "request method=POST path=/v1/completions status=200" in text
+    assert "request method=POST path='/v1/completions' status=200" in text
     assert "The tenant" not in text  # no prompt is ever logged
 
 

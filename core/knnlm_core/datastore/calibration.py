@@ -13,7 +13,6 @@ from knnlm_core.datastore.durable import sync_folder, write_text
 from knnlm_core.datastore.manifest import Digest16, Positive, read_json, validate, version_of
 from knnlm_core.errors import BuildConflict, DatastoreCorrupt
 
-CALIBRATION = "calibration.json"
 MAX_CALIBRATION_BYTES = 4 * 1024 * 1024
 
 
@@ -56,7 +55,7 @@ def read_calibration(root: Path, name: str, calibration: str) -> Calibration:
         DatastoreNotFound: no such calibration.
         DatastoreCorrupt: not a calibration, or one of another id.
     """
-    path = layout.calibration_folder(root, name, calibration) / CALIBRATION
+    path = layout.calibration_folder(root, name, calibration) / layout.CALIBRATION
     found = validate(Calibration, read_json(path, MAX_CALIBRATION_BYTES), path)
     if found.id != calibration:
         raise DatastoreCorrupt(f"{path}: id is {found.id!r}, its folder needs {calibration!r}")
@@ -69,7 +68,7 @@ def write_calibration(root: Path, name: str, calibration: Calibration) -> Path:
     Raises: BuildConflict: the id is taken by a calibration with other content.
     """
     folder = layout.calibration_folder(root, name, calibration.id)
-    path = folder / CALIBRATION
+    path = folder / layout.CALIBRATION
     if path.exists():
         if read_calibration(root, name, calibration.id) != calibration:
             raise BuildConflict(f"{path} exists with other content; a calibration is never modified")

@@ -6,6 +6,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from knnlm_core.datastore import layout
@@ -79,3 +80,24 @@ def verify_files(folder: Path, manifest: Manifest, progress: Progress | None = N
     for path, record in manifest.files.items():
         if (have := hash_file(folder / path, progress)) != record.sha256:
             raise DatastoreCorrupt(f"{folder / path} has sha256 {have}, the manifest needs {record.sha256}")
+
+
+def verify_once(folder: Path, manifest: Manifest, verified: Path) -> None:
+    """`verify_files` at the first use of a version on this machine; later uses trust sizes and modification times.
+
+    Args:     verified: folder of empty marker files, one per verified state of a version; made if absent. Where it
+                  cannot be written, every use verifies.
+    Raises:   DatastoreCorrupt: as `verify_files`.
+    """
+    state = hashlib.sha256((folder / layout.MANIFEST).read_bytes())
+    state.update(os.fsencode(folder.resolve()))
+    for file in sorted(manifest.files):
+        status = (folder / file).stat()
+        state.update(f"\0{file}\0{status.st_size}\0{status.st_mtime_ns}".encode())
+    marker = verified / state.hexdigest()
+    if marker.exists():
+        return
+    verify_files(folder, manifest)
+    with suppress(OSError):
+        verified.mkdir(parents=True, exist_ok=True)
+        marker.touch()

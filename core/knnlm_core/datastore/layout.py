@@ -17,6 +17,7 @@ from knnlm_core.datastore.durable import write_text
 from knnlm_core.errors import DatastoreCorrupt, DatastoreNotFound, InvalidParameter
 
 BUILDING_SUFFIX = ".tmp"
+CALIBRATION = "calibration.json"
 CALIBRATIONS = "calibrations"
 CURRENT = "CURRENT"
 DOCUMENTS = "documents.parquet"
@@ -107,7 +108,9 @@ def calibration_ids(root: Path, name: str) -> list[str]:
     folder = name_folder(root, name) / CALIBRATIONS
     if not folder.is_dir():
         return []
-    return _valid_subfolders(folder, lambda entry: _DIGEST.fullmatch(entry) is not None)
+    ids = _valid_subfolders(folder, lambda entry: _DIGEST.fullmatch(entry) is not None)
+    # An interrupted write leaves a folder without its calibration.
+    return [calibration for calibration in ids if (folder / calibration / CALIBRATION).is_file()]
 
 
 def read_current(root: Path, name: str) -> Current:

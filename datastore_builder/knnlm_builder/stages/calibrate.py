@@ -70,6 +70,7 @@ def calibrate(
     for_fit = _fit_rows(queries, plan.held_out)
     chosen, fits = choose(evidence.take(for_fit.nonzero()[:, 0]))
     for_report = evidence.take((~for_fit).nonzero()[:, 0])
+    fitted = set(queries.documents[for_fit].tolist())
     report = measure(for_report, chosen.k, chosen.knn_temperature, chosen.lmbda, seed)
     protocol: dict[str, JsonValue] = {
         "held_out_unit": plan.held_out_unit,
@@ -98,6 +99,8 @@ def calibrate(
         report={
             "tokens": report.tokens,
             "fit_tokens": int(for_fit.sum()),
+            # Documents that no setting was fitted on, not even in part.
+            "held_out_documents": [d.id for i, d in enumerate(plan.held_out) if i not in fitted],
             "base": {"nll_per_token": report.base_nll, "perplexity": report.base_perplexity},
             "mixed": {"nll_per_token": report.mixed_nll, "perplexity": report.mixed_perplexity},
             "gain": report.gain.gain,

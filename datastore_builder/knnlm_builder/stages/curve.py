@@ -35,12 +35,14 @@ def lmbda_curves(evidence: Evidence, fits: Sequence[Fit]) -> list[Curve]:
     ]
 
 
-def draw_curves(path: Path, curves: Sequence[Curve], calibration: Calibration) -> bool:
-    """Draw the curves, the base LM and the point that was chosen; False where matplotlib is not installed."""
+def draw_curves(path: Path, curves: Sequence[Curve], calibration: Calibration) -> str | None:
+    """Draw the curves, the base LM and the point that was chosen; returns why not where matplotlib cannot be had."""
     try:
         from matplotlib.figure import Figure  # an extra: builds do without
     except ImportError:
-        return False
+        return "matplotlib is not installed (pip install 'knnlm[plot]')"
+    except OSError as error:  # it wants a folder of its own to write to
+        return f"matplotlib does not start: {error}"
     base = curves[0].perplexities[0]
     chosen = next(curve for curve in curves if curve.k == calibration.k)
     at = chosen.lmbdas.index(calibration.lmbda)
@@ -62,4 +64,4 @@ def draw_curves(path: Path, curves: Sequence[Curve], calibration: Calibration) -
     axes.set_ylabel("perplexity on held-out text not fitted on")
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=144, metadata={"Software": None})
-    return True
+    return None

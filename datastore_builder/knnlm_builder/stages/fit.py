@@ -79,9 +79,11 @@ def nll_by_lmbda(evidence: Evidence, knn_temperature: float, lmbdas: Sequence[fl
     """(L,) float64, the mean negative log-likelihood for each λ at one τ."""
     tau = torch.full((len(evidence.base),), knn_temperature)
     knn = target_log_probs(evidence.neighbors, evidence.targets, knn_temperature=tau).double()
-    found = has_neighbors(evidence.neighbors)
-    weights = torch.where(found, torch.tensor(lmbdas, dtype=torch.float64)[:, None], 0.0)  # (L, N)
-    return -interpolate_targets(evidence.base.double(), knn, weights).mean(dim=1)
+    base, found = evidence.base.double(), has_neighbors(evidence.neighbors)
+    alone = base[~found].sum()  # tokens without neighbours keep the base LM's probability
+    base, knn = base[found], knn[found]
+    sums = [interpolate_targets(base, knn, lmbda).sum() + alone for lmbda in torch.tensor(lmbdas, dtype=torch.float64)]
+    return -torch.stack(sums) / len(found)
 
 
 def choose(evidence: Evidence) -> tuple[Fit, Sequence[Fit]]:

@@ -6,7 +6,7 @@ later stage can start from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +33,7 @@ from knnlm_core.windows import Window, rolling_windows
 MAX_CONTAINMENT = 0.5
 # With fewer held-out tokens than this, whole documents are too coarse: the tails of documents are held out.
 MIN_HELD_OUT_TOKENS = 1024
+TAIL_SUFFIX = "#tail"  # of the id of a held-out tail
 
 _TOKENS, _SPANS, _TEXTS = "tokens.i32", "spans.i32", "texts.utf8"
 
@@ -268,7 +269,23 @@ def _without_near_duplicates(
 
 
 def _with_tails(plan: Plan, documents: Sequence[PlannedDocument], settings: BuildSettings) -> Plan:
-    """Hold out the end of every document, as a document of its own, and fill the store with what stands before."""
+    """Hold out the end of every document, as a document of its own, and fill the store with what stands before.
+
+    A document whose tail the store nearly contains stays whole; that may make the store contain another tail.
+    """
+    whole: set[str] = set()
+    while True:
+        split = _split_tails(plan, documents, settings, whole)
+        _, near = _without_near_duplicates(split, split.held_out)
+        if not near:
+            return replace(split, near_duplicates=plan.near_duplicates + len(whole))
+        whole |= {tail.id.removesuffix(TAIL_SUFFIX) for tail in near}
+
+
+def _split_tails(
+    plan: Plan, documents: Sequence[PlannedDocument], settings: BuildSettings, whole: Collection[str]
+) -> Plan:
+    """Split every document but those that stay whole."""
     heads, tails = list[PlannedDocument](), []
     room, budget = settings.max_tokens, settings.held_out_max_tokens
     for document in documents:
@@ -276,7 +293,7 @@ def _with_tails(plan: Plan, documents: Sequence[PlannedDocument], settings: Buil
             break
         cut = max(2, split_tail(document.num_tokens, settings.held_out_fraction))
         cut = max(cut, document.num_tokens - budget)
-        if document.num_tokens - cut < 2:
+        if document.id in whole or document.num_tokens - cut < 2:
             room = _append(heads, [document], room, plan)
             continue
         spans = plan.spans(document)
@@ -284,7 +301,7 @@ def _with_tails(plan: Plan, documents: Sequence[PlannedDocument], settings: Buil
         tails.append(
             replace(
                 document,
-                id=f"{document.id}#tail",
+                id=f"{document.id}{TAIL_SUFFIX}",
                 first_token=document.first_token + cut,
                 num_tokens=document.num_tokens - cut,
                 char_start=document.char_start + int(spans[cut, 0]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -27,6 +28,8 @@ from knnlm_server.engine.request import Choice, CompletionRequest
 from knnlm_server.engine.sampling_params import SamplingParams
 from knnlm_server.engine.stopping import StopMatcher
 
+logger = logging.getLogger(__name__)
+
 router = APIRouter(dependencies=[KeyRequired])
 
 TRACE_NEIGHBORS = 5
@@ -35,7 +38,14 @@ TRACE_NEIGHBORS = 5
 @router.post("/v1/completions", summary="Complete prompts", response_model=None)
 async def create_completion(body: CompletionBody, request: Request) -> Response:
     """Complete each prompt ``n`` times with the LM, mixed with a datastore where one is named."""
-    job = _Job(service(request), body, request.state.request_id)
+    state = service(request)
+    body.log_unknown()
+    body.refuse_unsupported()
+    backend = state.require()
+    params = _checked_params(backend, body)
+    # Long prompts take a while: streams must not wait for them.
+    prompts = await asyncio.to_thread(_tokenised_prompts, backend, body, params)
+    job = _Job(state, body, params, prompts, request.state.request_id)
     if body.stream:
         return sse_response(job.stream(), on_close=job.close)
     try:
@@ -53,20 +63,14 @@ class _PromptEvent:
 class _Job:
     """One HTTP request: its engine requests, the lease that they share, and the queue of their events."""
 
-    def __init__(self, state: Service, body: CompletionBody, request_id: str) -> None:
-        body.log_unknown()
-        body.refuse_unsupported()
-        backend = state.require()
-        self._backend = backend
+    def __init__(
+        self, state: Service, body: CompletionBody, params: SamplingParams, prompts: list[list[int]], request_id: str
+    ) -> None:
+        self._backend = state.require()
         self._body = body
-        self._params = body.sampling_params()
-        self._params.check(backend.lm.identity.vocab_size)
+        self._params = params
         self._id = f"cmpl-{request_id}"
         self._created = int(time.time())
-        most = min(MAX_PROMPTS, backend.engine.max_requests)
-        prompts = [_prompt_ids(backend, prompt) for prompt in _checked_prompts(body, most)]
-        for prompt_ids in prompts:
-            _check_length(prompt_ids, self._params, backend.lm.max_length)
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[_PromptEvent] = asyncio.Queue()
         self._selection = select(state, body.model, body.knn)
@@ -187,6 +191,9 @@ class _Job:
                     finished.append(item.event)
         except KnnlmError as error:
             yield error_event(error)
+        except Exception:
+            logger.exception("stream failed id=%s", self._id)
+            yield error_event(KnnlmError("internal error"))
         else:
             if include_usage:
                 usage = render_usage(finished, self._selection.retrieval)
@@ -199,6 +206,25 @@ def _choice(backend: Backend, params: SamplingParams, prompt_ids: list[int], sto
         return backend.tokenizer.decode(token_ids, skip_special_tokens=params.skip_special_tokens)
 
     return Choice(index=index, detokenizer=IncrementalDetokenizer(decode, prompt_ids), stops=stops.copy())
+
+
+def _checked_params(backend: Backend, body: CompletionBody) -> SamplingParams:
+    params = body.sampling_params()
+    params.check(backend.lm.identity.vocab_size)
+    most = backend.lm.num_sequences
+    if params.n > most:
+        raise InvalidParameter(
+            f"`n` must be at most {most}, the number of sequences served at once, got {params.n}", param="n"
+        )
+    return params
+
+
+def _tokenised_prompts(backend: Backend, body: CompletionBody, params: SamplingParams) -> list[list[int]]:
+    most = min(MAX_PROMPTS, backend.engine.max_requests)
+    prompts = [_prompt_ids(backend, prompt) for prompt in _checked_prompts(body, most)]
+    for prompt_ids in prompts:
+        _check_length(prompt_ids, params, backend.lm.max_length)
+    return prompts
 
 
 def _checked_prompts(body: CompletionBody, most: int) -> list[str | TokenIds]:

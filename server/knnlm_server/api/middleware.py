@@ -45,7 +45,7 @@ class RequestLog:
         try:
             await self._app(scope, receive, send_with_id)
         except Exception:
-            logger.exception("unexpected error path=%s id=%s", scope["path"], request_id)
+            logger.exception("unexpected error path=%r id=%s", scope["path"], request_id)
             if status:  # the answer has begun: closing the connection is all that is left to say
                 raise
             await error_response(KnnlmError("internal error"))(scope, receive, send_with_id)
@@ -53,7 +53,7 @@ class RequestLog:
             # Probes come every few seconds and say nothing.
             level = logging.DEBUG if scope["path"] in ("/health", "/ready") else logging.INFO
             logger.log(
-                level, "request method=%s path=%s status=%d seconds=%.3f id=%s",
+                level, "request method=%s path=%r status=%d seconds=%.3f id=%s",
                 scope["method"], scope["path"], status, time.monotonic() - started, request_id,
             )  # fmt: skip
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Annotated, Any, NamedTuple, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from knnlm_core.errors import InvalidParameter, UnsupportedFeature
 from knnlm_core.windows import check_window
-from knnlm_server.engine.sampling_params import SamplingParams
+from knnlm_server.engine.sampling_params import MAX_LOGIT_BIASES, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-TokenIds = list[int]
+# The first bad element ends the check: a body of millions of them must not become millions of errors.
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
 
 
 def _check_unicode(text: str) -> str:
@@ -27,7 +29,10 @@ def _check_unicode(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_check_unicode)]
 NonEmpty = Annotated[Text, StringConstraints(min_length=1)]
+Texts = Annotated[list[NonEmpty], Field(fail_fast=True)]
+ListOfTokenIds = Annotated[list[TokenIds], Field(fail_fast=True)]
 MAX_PROMPTS = 1024
+_TOKEN_ID = re.compile(r"[0-9]{1,9}")
 MAX_TEXTS = 4096
 DEFAULT_WINDOW = 1024
 
@@ -84,17 +89,15 @@ class CompletionBody(_Body):
     """``POST /v1/completions``."""
 
     model: str | None = Field(default=None, description="`<lm>` or `<lm>@<datastore>`.")
-    prompt: Text | list[NonEmpty] | TokenIds | list[TokenIds] = Field(
-        description="Text, texts, token ids, or lists of them."
-    )
+    prompt: Text | Texts | TokenIds | ListOfTokenIds = Field(description="Text, texts, token ids, or lists of them.")
     max_tokens: int | None = Field(default=None, description="Most tokens to generate; 16 by default.")
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
     n: int | None = None
-    stop: Text | list[Text] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: Text | Annotated[list[Text], Field(fail_fast=True)] | None = None
+    stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool = False
     seed: int | None = None
     logprobs: int | None = Field(default=None, description="Alternatives reported per token, 0 … 20.")
@@ -102,7 +105,7 @@ class CompletionBody(_Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Any] | None = None
     ignore_eos: bool = False
     min_tokens: int | None = None
     skip_special_tokens: bool = True
@@ -185,10 +188,12 @@ class ScoreBody(_Body):
     """``POST /v1/score``."""
 
     model: str | None = Field(default=None, description="`<lm>` or `<lm>@<datastore>`.")
-    input: NonEmpty | list[NonEmpty] | list[TokenIds] = Field(description="Texts, or lists of token ids.")
+    input: NonEmpty | Texts | ListOfTokenIds = Field(description="Texts, or lists of token ids.")
     knn: KnnBody | None = None
     per_token: bool = Field(default=False, description="Report every token.")
-    exclude_documents: list[str] = Field(default=[], description="Ids of documents whose entries must not be found.")
+    exclude_documents: Annotated[list[str], Field(fail_fast=True)] = Field(
+        default=[], description="Ids of documents whose entries must not be found."
+    )
     window: int | None = Field(default=None, description="Tokens per window; 1024 by default, or the LM's context.")
     stride: int | None = Field(
         default=None, description="Tokens scored per window after the first; half the window by default."
@@ -217,9 +222,18 @@ class LoadBody(BaseModel):
     version: NonEmpty = Field(default="current", description="`current` or a published version.")
 
 
-def _token_biases(given: dict[str, float]) -> dict[int, float]:
-    try:
-        return {int(token_id): value for token_id, value in given.items()}
-    except ValueError:
-        bad = next(key for key in given if not key.lstrip("-").isdigit())
-        raise InvalidParameter(f"`logit_bias` keys must be token ids, got {bad!r}", param="logit_bias") from None
+def _token_biases(given: dict[str, Any]) -> dict[int, float]:
+    if len(given) > MAX_LOGIT_BIASES:
+        raise InvalidParameter(
+            f"`logit_bias` must name at most {MAX_LOGIT_BIASES} tokens, got {len(given)}", param="logit_bias"
+        )
+    biases = {}
+    for key, value in given.items():
+        if not _TOKEN_ID.fullmatch(key):
+            raise InvalidParameter(f"`logit_bias` keys must be token ids, got {key[:80]!r}", param="logit_bias")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise InvalidParameter(
+                f"`logit_bias` values must be numbers, got {str(value)[:80]!r} for token {key}", param="logit_bias"
+            )
+        biases[int(key)] = float(value)
+    return biases

@@ -43,7 +43,7 @@ async def score(body: ScoreBody, request: Request) -> dict[str, Any]:
         scores = await until_disconnect(request, job.scores())
     finally:
         job.close()
-    return _render(backend, selection, texts, scores, body.per_token)
+    return await asyncio.to_thread(_render, backend, selection, texts, scores, body.per_token)
 
 
 class _Text(NamedTuple):

@@ -37,10 +37,14 @@ class Service:
     failure: str | None = None
     closing: bool = field(default=False)
 
-    def require(self) -> Backend:
-        """The backend. Raises NotReady or ShuttingDown with the reason."""
+    def require_open(self) -> None:
+        """Raises ShuttingDown: the server was told to stop; whoever is starting it need not go on."""
         if self.closing:
             raise ShuttingDown("the server is shutting down")
+
+    def require(self) -> Backend:
+        """The backend. Raises NotReady or ShuttingDown with the reason."""
+        self.require_open()
         if self.failure is not None:
             raise NotReady(f"the server failed to start: {self.failure}")
         if self.backend is None:

@@ -19,7 +19,7 @@ from knnlm_server.engine.events import Failed, Finished, TokenEvent
 from knnlm_server.engine.request import CompletionRequest
 from knnlm_server.engine.scheduler import Batch, Scheduler
 from knnlm_server.engine.scoring import ScoreRequest
-from knnlm_server.engine.step import NextToken, run_step
+from knnlm_server.engine.step import NextToken, StepFailure, run_step
 
 logger = logging.getLogger(__name__)
 
@@ -174,8 +174,12 @@ class Engine:
         if not batch.chunks and not batch.decodes:
             return
         try:
-            for token in run_step(self._lm, batch, self._eos):
-                self._emit(token)
+            for outcome in run_step(self._lm, batch, self._eos):
+                if isinstance(outcome, StepFailure):
+                    logger.error("search failed request=%s %s", outcome.request.request_id, outcome.error.message)
+                    self._end(outcome.request, outcome.error)
+                else:
+                    self._emit(outcome)
         except Exception as error:
             logger.exception("step failed chunks=%d decodes=%d", len(batch.chunks), len(batch.decodes))
             self._fail(_requests(batch), error)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from knnlm_core.errors import KnnlmError
 from knnlm_core.lm.protocol import CausalLM, Span
 from knnlm_core.mixture import MixedRows, mix_rows
 from knnlm_server.engine.events import TokenTrace
@@ -15,6 +16,13 @@ from knnlm_server.engine.request import Choice, CompletionRequest
 from knnlm_server.engine.sampler import SampleRow, sample, top_logprobs
 from knnlm_server.engine.scheduler import Batch
 from knnlm_server.engine.tracing import trace_rows
+
+
+class StepFailure(NamedTuple):
+    """A request that the step could not serve; the others are not touched by it."""
+
+    request: CompletionRequest
+    error: KnnlmError
 
 
 class NextToken(NamedTuple):
@@ -30,7 +38,7 @@ class NextToken(NamedTuple):
 
 
 @torch.inference_mode()
-def run_step(lm: CausalLM, batch: Batch, eos_token_ids: Sequence[int]) -> list[NextToken]:
+def run_step(lm: CausalLM, batch: Batch, eos_token_ids: Sequence[int]) -> list[NextToken | StepFailure]:
     """Advance every decoding choice by a token and every prompt by its chunk.
 
     A prompt that becomes complete is forked into its choices, which all draw their first token from its last row.
@@ -41,10 +49,14 @@ def run_step(lm: CausalLM, batch: Batch, eos_token_ids: Sequence[int]) -> list[N
         return []
     lm_log_probs = torch.log_softmax(lm.logits(output.hidden), dim=1)
     mixed = mix_rows(lm_log_probs, output.keys, [request.retrieval for request in sources])
+    failures = [StepFailure(sources[row], error) for row, error in mixed.found.failures.items()]
+    rows = [owner for owner in rows if owner[0] not in mixed.found.failures]
+    if not rows:
+        return list(failures)
     of_row = torch.tensor([row for row, _, _ in rows], device=lm_log_probs.device)
     sampling = [_sampling(request, choice) for _, request, choice in rows]
     tokens = sample(mixed.log_probs[of_row], sampling, eos_token_ids=eos_token_ids)
-    return _collect(rows, of_row, tokens, lm_log_probs, mixed)
+    return [*failures, *_collect(rows, of_row, tokens, lm_log_probs, mixed)]
 
 
 _RowOwner = tuple[int, CompletionRequest, Choice]  # row of the forward pass, and whose token it gives

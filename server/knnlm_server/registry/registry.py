@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from knnlm_core.datastore.checksums import verify_once
 from knnlm_core.datastore.layout import published_names
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.errors import DatastoreBusy, DatastoreNotFound
@@ -78,11 +79,14 @@ class Registry:
     Args:
         root: folder that holds published datastores by name; None for a server without any.
         identity: of the running LM; a store that does not fit it is refused.
+        verified: folder that remembers which versions' checksums were compared on this machine; a version that it does
+            not know is read in full before it is used. None compares sizes only.
     """
 
-    def __init__(self, root: Path | None, identity: LMIdentity) -> None:
+    def __init__(self, root: Path | None, identity: LMIdentity, verified: Path | None = None) -> None:
         self._root = root
         self._identity = identity
+        self._verified = verified
         self._current: dict[str, _Generation] = {}
         self._open: list[_Generation] = []  # current ones and those that drain
         self._numbers: dict[str, int] = {}  # survives unload, so that a generation number never means two things
@@ -136,6 +140,8 @@ class Registry:
             started = time.monotonic()
             datastore = Datastore.open(self._root, name, version)
             try:
+                if self._verified is not None:
+                    verify_once(datastore.folder, datastore.manifest, self._verified)
                 datastore.require_fits(self._identity)
                 datastore.prefetch()
             except BaseException:

@@ -282,7 +282,7 @@ def test_a_converted_folder_is_left_as_it_is(gguf: Path, tmp_path: Path) -> None
 def test_a_folder_of_other_things_is_not_overwritten(gguf: Path, tmp_path: Path) -> None:
     (tmp_path / "converted").mkdir()
     (tmp_path / "converted" / "thesis.tex").write_text("years of work")
-    with pytest.raises(ModelLoadError, match="converted cannot be made: .*; remove what is there"):
+    with pytest.raises(ModelLoadError, match=r"converted cannot be made: .*; remove what is there"):
         convert_gguf(gguf, tmp_path / "converted")
     assert (tmp_path / "converted" / "thesis.tex").read_text() == "years of work"
 

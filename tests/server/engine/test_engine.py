@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,6 +137,17 @@ def test_fifty_aborts_at_any_moment_leave_nothing_behind(running: tuple[Engine, 
     wait_until(lambda: is_idle(engine, lm))
     assert [run.ends for run in runs] == [1] * 50
     assert Counter(type(run.error) for run in runs)[RequestCancelled] > 20
+
+
+def test_scoring_requests_take_turns(running: tuple[Engine, HuggingFaceLM]) -> None:
+    engine, _ = running
+    long, short = Scores([[3] * 250] * 300), Scores([[4] * 30])
+    engine.submit(long.request)
+    engine.submit(short.request)
+    assert short.done.wait(30)
+    assert not long.done.is_set()
+    engine.abort(long.request)
+    assert long.done.wait(30)
 
 
 # -- the same answer in any company ----------------------------------------------------------------------------------
@@ -315,6 +327,41 @@ def test_every_request_accepted_while_the_engine_stops_gets_exactly_one_end(firs
             assert run.ends == (run in accepted)
             assert sum(not isinstance(event, TokenEvent) for event in run.events) == run.ends
         assert lm.num_free_sequences == lm.num_sequences
+
+
+class SlowCommands:
+    """The engine's command queue, whose first `put` dawdles until the engine has had every chance to stop."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._commands = engine._commands
+        self.entered = threading.Event()
+
+    def get(self, block: bool) -> Any:
+        return self._commands.get(block=block)
+
+    def put(self, command: Any) -> None:
+        if not self.entered.is_set():
+            self.entered.set()
+            self._engine._thread.join(0.5)
+        self._commands.put(command)
+
+
+def test_a_request_accepted_just_before_the_stop_begins_before_it_ends() -> None:
+    with running_engine("llama", slots=1) as (engine, lm):
+        first = Run(lm, [5, 6], GREEDY)
+        engine.submit(first.request)
+        first.wait()
+        run, commands = Run(lm, [5, 6], GREEDY), SlowCommands(engine)
+        engine._commands = commands  # type: ignore[assignment]
+        commands._commands.put(lambda: None)  # the engine looks up its queue anew
+        submitting = threading.Thread(target=engine.submit, args=(run.request,))
+        submitting.start()
+        assert commands.entered.wait(10)
+        engine.stop(drain_timeout_s=0)
+        submitting.join()
+        assert (run.ends, type(run.error)) in ((1, ShuttingDown), (1, type(None)))
+        assert lm.num_free_sequences == 1
 
 
 def test_events_are_tokens_and_then_one_end(running: tuple[Engine, HuggingFaceLM]) -> None:
