@@ -70,8 +70,8 @@ format: $(INSTALLED) ## Format the code and mend what ruff can mend
 docs: $(INSTALLED) ## Write the generated parts of the documentation
 	@$(BIN)/python docs/generate.py
 
-bench: $(INSTALLED) ## Run the benchmarks
-	@$(BIN)/python benchmarks/run.py $(ARGS)
+bench: $(MODEL_WHEEL) ## Run the benchmarks (ARGS="--data FOLDER" for those that need text, --only NAME to choose)
+	@$(BIN)/python benchmarks/run.py --model "$$($(BIN)/knnlm model --folder $(MODELS) | tail -n 1)" $(ARGS)
 
 lock: ## Write constraints.txt from what is installed in .venv
 	@{ sed -n '1p' constraints.txt; \

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 WITH_DATA = ("reference_protocol", "strided_protocol")
-WITHOUT_DATA = ("encode_overhead", "streams")
+WITHOUT_DATA = ("encode_overhead", "streams")  # streams last: it uses the store that strided_protocol leaves
 
 
 def main() -> None:
@@ -16,11 +16,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="hub id, folder or GGUF file")
     parser.add_argument("--data", type=Path, help="folder with train.jsonl.gz and eval.jsonl.gz")
+    parser.add_argument("--work", type=Path, default=Path(".bench"), help="where datastores are built")
     parser.add_argument("--only", nargs="*", choices=[*WITHOUT_DATA, *WITH_DATA], help="which to run")
     args = parser.parse_args()
-    chosen = args.only or [*WITHOUT_DATA, *(WITH_DATA if args.data else ())]
+    chosen = args.only or ["encode_overhead", *(WITH_DATA if args.data else ()), "streams"]
+    store = args.work / "datastores" / "bench"
     for name in chosen:
         command = [sys.executable, str(Path(__file__).parent / f"{name}.py"), "--model", args.model]
+        command += ["--work", str(args.work)]
+        if name == "streams" and (store / "CURRENT").exists():
+            command += ["--store", str(store)]
         if name in WITH_DATA:
             if args.data is None:
                 parser.error(f"{name} needs --data")

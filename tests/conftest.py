@@ -8,8 +8,8 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, settings
 
-# FAISS and torch share the machine's cores; hub look-ups must fail at once instead of waiting for a network.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Tiny tensors gain nothing from more threads; hub look-ups must fail at once instead of waiting for a network.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).parent))

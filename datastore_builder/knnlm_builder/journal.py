@@ -49,3 +49,9 @@ def discard_other_builds(folder: Path, keep: Path) -> list[Path]:
     for path in left:
         shutil.rmtree(path)
     return left
+
+
+def discard_partial_files(folder: Path) -> None:
+    """Remove files that an interrupted build was writing: they never got their final names."""
+    for path in folder.rglob("*.part"):
+        path.unlink()

@@ -12,7 +12,7 @@ import torch
 from pydantic import JsonValue
 
 from knnlm_builder.corpus import read_documents
-from knnlm_builder.journal import discard_other_builds, exclusive
+from knnlm_builder.journal import discard_other_builds, discard_partial_files, exclusive
 from knnlm_builder.progress import Reporter
 from knnlm_builder.settings import BuildSettings
 from knnlm_builder.stages.calibrate import MAX_K, MIN_SCORED_TOKENS, calibrate
@@ -86,6 +86,7 @@ def build_with(lm: HuggingFaceLM, settings: BuildSettings, reporter: Reporter) -
         for other in discard_other_builds(home, folder):
             reporter.say(f"Discarding the unfinished build {other.name} of other inputs")
         folder.mkdir(exist_ok=True)
+        discard_partial_files(folder)
         return _build(lm, plan, settings, version, inputs, folder, reporter)
 
 
@@ -253,8 +254,9 @@ def _say_plan(plan: Plan, reporter: Reporter) -> None:
     if not plan.num_entries:
         raise EmptyCorpus("the inputs hold fewer than 2 tokens for the store, so no token has a context")
     if sum(document.num_entries for document in plan.held_out) < MIN_SCORED_TOKENS:
+        why = "what could be held out repeats the rest" if plan.near_duplicates else "too few to hold any out"
         raise EmptyCorpus(
-            f"the inputs hold {plan.num_entries + 1} tokens for the store: too few to hold any out for calibration; "
+            f"the inputs hold {plan.num_entries + 1} tokens for the store, and none for calibration: {why}; "
             "give more text"
         )
     held_out = sum(document.num_tokens for document in plan.held_out)
@@ -267,7 +269,10 @@ def _say_plan(plan: Plan, reporter: Reporter) -> None:
 
 def _say_calibration(calibration: Calibration, gate: RecallGate, reporter: Reporter) -> None:
     report = calibration.report
-    low, high = report["gain_interval_95"]  # type: ignore[misc, str-unpack]
+    interval = "too little held-out text for an interval"
+    if report["gain_interval_95"] is not None:
+        low, high = report["gain_interval_95"]  # type: ignore[misc, str-unpack]
+        interval = f"95 % interval {-100 * float(high):+.1f} … {-100 * float(low):+.1f} %"  # type: ignore[arg-type]
     reporter.say(
         f"Index: recall@32 {gate.recall_at_32:.3f}, recall@{MAX_K} {gate.recall_at_k:.3f}"
         + (f" at nprobe {gate.nprobe}" if gate.nprobe else " (exact)")
@@ -276,7 +281,7 @@ def _say_calibration(calibration: Calibration, gate: RecallGate, reporter: Repor
     reporter.say(
         f"Perplexity on {report['tokens']:,} held-out tokens that were not fitted on: base "
         f"{_perplexity(calibration, 'base'):.3f} → mixed {_perplexity(calibration, 'mixed'):.3f} "
-        f"({-100 * float(report['gain']):+.1f} %, 95 % interval {-100 * float(high):+.1f} … {-100 * float(low):+.1f} %)"  # type: ignore[arg-type]
+        f"({-100 * float(report['gain']):+.1f} %, {interval})"  # type: ignore[arg-type]
     )
 
 

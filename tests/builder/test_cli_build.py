@@ -132,7 +132,10 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "nothing in the file": (_file("a.txt", b""), r"nothing to build from in .*1 blank document \(empty_corpus\)"),
     "nothing in the folder": (_empty_folder, r"nothing to build from in .*empty: 0 files read.* \(empty_corpus\)"),
-    "a few words": (_file("a.txt", b"Too few."), r"too few to hold any out for calibration; give more text \(empty"),
+    "a few words": (
+        _file("a.txt", b"Too few."),
+        r"none for calibration: too few to hold any out; give more text \(empty",
+    ),
 }
 
 

@@ -42,7 +42,7 @@ class Run(NamedTuple):
     left: list[str]  # command lines of processes that outlive it
 
 
-def write_documents(path: Path) -> Path:
+def write_documents(path: Path) -> None:
     """Documents of real sentences, varied enough that none nearly contains another, with brackets in their ids."""
     draw = random.Random(0)
     known = [sentence for line in TEXT.splitlines() for sentence in line.split(". ")]
@@ -50,8 +50,14 @@ def write_documents(path: Path) -> Path:
         for i in range(DOCUMENTS):
             said = [" ".join(map(draw.choice, (WHO, DOES, WHAT, WHEN))) for _ in range(SENTENCES)]
             text = ". ".join([f"Number {i}", draw.choice(known), *said])
-            file.write(json.dumps({"id": f"[/{i}]", "title": f"Document № {i}", "text": f"{text}."}) + "\n")
-    return path
+            row = {"id": f"[/{i}]", "title": f"Document № {i}", "text": f"{text}."}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def texts(folder: Path) -> dict[str, str]:
+    """Document id → text."""
+    lines = (folder / "text.jsonl").read_text(encoding="utf-8").splitlines()
+    return {row["id"]: row["text"] for row in map(json.loads, lines)}
 
 
 def free_port() -> int:
@@ -72,7 +78,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Callable[[], Run]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("KNNLM_")}
-    environment |= {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "COLUMNS": "120"}
+    environment["XDG_CACHE_HOME"] = str(folder / "cache")  # where the server remembers what it has verified
 
     def run() -> Run:
         port = free_port()
@@ -83,19 +90,19 @@ def run(folder: Path) -> Callable[[], Run]:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
             env=environment,
             start_new_session=True,  # so that what it leaves behind can be told from other processes
         )
         try:
             output, _ = process.communicate(timeout=PATIENCE_S)
-            left = session(process.pid)
+            left = [" ".join(child.cmdline()) for child in session(process.pid)]
         finally:
             for child in session(process.pid):
                 child.kill()
             process.kill()
             process.wait()
-        return Run(process.returncode, output, port, [" ".join(child.cmdline()) for child in left])
+        return Run(process.returncode, output, port, left)
 
     return run
 
@@ -130,6 +137,13 @@ def rows(output: str, title: str) -> list[list[str]]:
     return table
 
 
+def held_out_document(run: Run) -> str:
+    """The id of the document whose perplexity was measured."""
+    found = re.search(r"A passage that the datastore has not seen: (\[/\d+\](#tail)?)\n", run.output)
+    assert found, run.output
+    return found[1]
+
+
 def test_the_demo_builds_serves_and_ends_well(first: Run, folder: Path) -> None:
     assert first.status == 0, first.output
     assert "Traceback" not in first.output
@@ -145,8 +159,9 @@ def test_the_demo_shows_both_completions_of_the_same_prompt(first: Run, folder: 
     base, mixed = (" ".join(line[column] for line in lines) for column in (0, 1))
     words = [completion.split()[:PROMPT_WORDS] for completion in (base, mixed)]
     assert words[0] == words[1]
-    assert all(word in (folder / "text.jsonl").read_text(encoding="utf-8") for word in words[0])
+    assert " ".join(words[0]) in texts(folder)[held_out_document(first).removesuffix("#tail")]
     assert base != mixed
+    assert min(len(base.split()), len(mixed.split())) > PROMPT_WORDS
 
 
 def test_the_demo_shows_where_tokens_came_from(first: Run) -> None:
@@ -157,9 +172,8 @@ def test_the_demo_shows_where_tokens_came_from(first: Run) -> None:
 
 
 def test_the_demo_shows_that_the_datastore_lowers_the_perplexity(first: Run) -> None:
-    passage = re.search(r"A passage that the datastore has not seen: (\[/\d+\](#tail)?)\n", first.output)
-    assert passage, first.output
-    _, base, mixed = rows(first.output, passage[0])
+    passage = held_out_document(first)
+    _, base, mixed = rows(first.output, passage)
     assert [base[0], mixed[0]] == ["base LM", "kNN-LM"]
     assert float(base[1]) > float(mixed[1]) > 1
     assert float(base[2]) > float(mixed[2]) > 0

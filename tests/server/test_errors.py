@@ -403,18 +403,29 @@ def test_a_start_that_fails_says_why(
     published: Published, start_server: Start, own_root: Path, wrong: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.CRITICAL)
-    if wrong == "model":
-        server = start_server(wait=False, model=str(published.model / "missing"))
-    else:
-        damage_current(own_root, "law")
-        server = start_server(wait=False, datastores=own_root, load=("law",))
+    damage_remove(own_root / "law" / published.law_new)
+    given: dict[str, object] = {"datastores": own_root, "load": ("law",)}
+    server = start_server(wait=False, **({"model": str(published.model / "missing")} if wrong == "model" else given))
     wait_until(lambda: bool(server.failures))
     assert server.failures == ["failed"]
     error = check_error(server.http.get("/ready"), 503, "not_ready")
     assert "failed to start" in error["message"]
-    assert ("missing" if wrong == "model" else "index.faiss") in error["message"]
+    assert ("missing" if wrong == "model" else "shard-00000/keys.arrow") in error["message"]
     check_error(server.post("/v1/completions", {"prompt": PROMPT}), 503, "not_ready")
     assert server.http.get("/health").status_code == 503
+
+
+def test_a_damaged_store_that_nobody_asked_for_does_not_stop_the_others(
+    published: Published, start_server: Start, own_root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage_remove(own_root / "law" / published.law_new)
+    with caplog.at_level(logging.ERROR):
+        server = start_server(datastores=own_root)
+    assert server.http.get("/ready").json()["datastores"] == ["news"]
+    assert "name=law" in caplog.text
+    assert "shard-00000/keys.arrow" in caplog.text
+    assert server.complete(PROMPT, model="tiny-lm@news", max_tokens=1)
+    check_error(server.post("/v1/completions", {"prompt": PROMPT, "model": LAW}), 404, "datastore_not_found")
 
 
 def test_a_full_queue_is_503_and_passes(start_server: Start) -> None:

@@ -29,6 +29,7 @@ from knnlm_core.datastore.reader import Datastore
 
 MAX_K = 1024
 MIN_SCORED_TOKENS = 2  # one to fit on, one to report on
+MIN_INTERVAL_BLOCKS = 8  # resampling fewer says nothing about the spread
 
 
 class Report(NamedTuple):
@@ -38,6 +39,7 @@ class Report(NamedTuple):
     base_nll: float  # nats per token
     mixed_nll: float
     gain: Interval
+    blocks: int  # that the interval draws from
 
     @property
     def base_perplexity(self) -> float:
@@ -104,7 +106,8 @@ def calibrate(
             "base": {"nll_per_token": report.base_nll, "perplexity": report.base_perplexity},
             "mixed": {"nll_per_token": report.mixed_nll, "perplexity": report.mixed_perplexity},
             "gain": report.gain.gain,
-            "gain_interval_95": [report.gain.low, report.gain.high],
+            "gain_interval_95": [report.gain.low, report.gain.high] if report.blocks >= MIN_INTERVAL_BLOCKS else None,
+            "blocks": report.blocks,
             "fits": [{"k": f.k, "knn_temperature": f.knn_temperature, "lambda": f.lmbda, "nll": f.nll} for f in fits],
             "nprobe": nprobe,
         },
@@ -122,6 +125,7 @@ def measure(evidence: Evidence, k: int, knn_temperature: float, lmbda: float, se
         -float(evidence.base.double().mean()),
         -float(mixed.double().mean()),
         bootstrap_gain(evidence.base, mixed, evidence.blocks, seed=seed),
+        len(torch.unique(evidence.blocks)),
     )
 
 

@@ -152,6 +152,7 @@ def make_plan(
     store: list[PlannedDocument] = []
     room = settings.max_tokens
     num_candidate_tokens = 0
+    turned_away = False
     # Whole documents seldom fill what may be held out to the last token.
     enough = min(MIN_HELD_OUT_TOKENS, settings.held_out_max_tokens // 2)
     # A corpus that is cut short still gives the held-out share of what it fills.
@@ -161,13 +162,14 @@ def make_plan(
             document = spool.add(source, tokenizer)
             advance(document.num_tokens)
             documents.append(document)
-            wanted = num_candidate_tokens + document.num_tokens <= settings.held_out_max_tokens
-            if wanted and is_candidate(source.digest, settings.held_out_fraction, settings.seed):
+            is_drawn = is_candidate(source.digest, settings.held_out_fraction, settings.seed)
+            if is_drawn and num_candidate_tokens + document.num_tokens <= settings.held_out_max_tokens:
                 candidates.append(document)
                 num_candidate_tokens += document.num_tokens
-            elif room is None or room > 0:
-                room = _append(store, [document], room, spool)
-            if room == 0 and num_candidate_tokens >= max(enough, share):
+            else:
+                turned_away |= is_drawn
+                room = room if room == 0 else _append(store, [document], room, spool)
+            if room == 0 and num_candidate_tokens >= (enough if turned_away else max(enough, share)):
                 break
     plan = Plan(folder, windowing, store, [], "documents", 0, stats)
     if not any(document.num_entries for document in documents):

@@ -180,7 +180,7 @@ def _per_token(backend: Backend, selection: Selection, text: _Text, found: Token
             "offset": text.starts[position] if text.starts is not None else None,
             "base": json_log_prob(base),
             "mixed": json_log_prob(mixed),
-            "lambda": lmbda,
+            "lambda": selection.retrieval.lmbda if selection.retrieval is not None and lmbda > 0 else 0.0,
             "decision": gate,
         }
         for position, (token_id, base, mixed, lmbda) in enumerate(columns, start=1)

@@ -43,7 +43,7 @@ def trace_rows(
     p_lm = lm_log_probs[source, taken].exp().tolist()
     weights = neighbor_log_weights(neighbors, tau).exp()
     searched = found.searched[source].tolist()
-    lmbda = found.lmbda[source].tolist()
+    applied = (found.lmbda[source] > 0).tolist()
     traces = []
     for i, row in enumerate(traced):
         request = rows[row][1]
@@ -59,7 +59,8 @@ def trace_rows(
             TokenTrace(
                 searched=searched[i],
                 decision=request.retrieval.gate.value if request.retrieval else "base",
-                lmbda=lmbda[i],
+                # As it was given: float32 would show 0.4 as 0.4000000059604645.
+                lmbda=request.retrieval.lmbda if request.retrieval and applied[i] else 0.0,
                 p_lm=p_lm[i],
                 p_knn=p_knn[i],
                 p=math.exp(chosen[row].item()),
