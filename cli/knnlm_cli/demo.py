@@ -64,6 +64,8 @@ def demo(
         root = folder / "datastores"
         demo_server.run_knnlm(
             ["build", f"--model={model}", f"--output={root}", f"--name={NAME}", f"--max-tokens={max_tokens}"]
+            # Little text: more of it than usual is needed to calibrate on.
+            + ["--held-out-fraction=0.1"]
             + [f"--input={path}" for path in text or [_python_reference(folder)]]
         )
         url = _url(host, port)

@@ -50,4 +50,4 @@ class ConsoleReporter:
 
     def say(self, message: str) -> None:
         """Print a line above the bars."""
-        self._console.print(message, highlight=False)
+        self._console.print(message, highlight=False, markup=False, soft_wrap=True)

@@ -233,21 +233,10 @@ def _already_published(settings: BuildSettings, version: str, reporter: Reporter
     store = Datastore.open(settings.output, settings.name, version)
     calibration, entries = store.calibration, store.entries
     store.close()
-    if calibration is None:
-        calibration = _calibration_of(settings, version)
+    if layout.read_current(settings.output, settings.name).version != version:
         set_current(settings.output, settings.name, version, calibration.id if calibration else None)
     reporter.say(f"{settings.name} version {version} is published already: the same text, settings and model")
     return BuildResult(settings.name, version, entries, calibration, was_published=True)
-
-
-def _calibration_of(settings: BuildSettings, version: str) -> Calibration | None:
-    from knnlm_core.datastore.calibration import read_calibration
-
-    for calibration_id in layout.calibration_ids(settings.output, settings.name):
-        calibration = read_calibration(settings.output, settings.name, calibration_id)
-        if calibration.datastore_version == version:
-            return calibration
-    return None
 
 
 def _say_plan(plan: Plan, reporter: Reporter) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -117,8 +118,11 @@ def build_backend(state: Service) -> Backend:
 
 
 def _verified_folder() -> Path:
-    """Where this machine remembers which versions it has verified."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "knnlm" / "verified"
+    """Where this machine remembers which versions it has verified; in a container without a home, until it ends."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(cache):  # no home to expand
+        cache = tempfile.gettempdir()
+    return Path(cache) / "knnlm" / "verified"
 
 
 def _stop(backend: Backend, drain_timeout_s: float) -> None:

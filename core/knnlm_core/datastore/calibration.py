@@ -62,6 +62,16 @@ def read_calibration(root: Path, name: str, calibration: str) -> Calibration:
     return found
 
 
+def find_calibration(root: Path, name: str, version: str) -> str | None:
+    """The id of a version's newest calibration, for a version that CURRENT does not name; None if it has none."""
+    found = [
+        ((layout.calibration_folder(root, name, calibration) / layout.CALIBRATION).stat().st_mtime_ns, calibration)
+        for calibration in layout.calibration_ids(root, name)
+        if read_calibration(root, name, calibration).datastore_version == version
+    ]
+    return max(found)[1] if found else None
+
+
 def write_calibration(root: Path, name: str, calibration: Calibration) -> Path:
     """Write a calibration into its folder and return the folder; other files may be put beside it.
 

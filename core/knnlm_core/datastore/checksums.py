@@ -95,8 +95,9 @@ def verify_once(folder: Path, manifest: Manifest, verified: Path) -> None:
         status = (folder / file).stat()
         state.update(f"\0{file}\0{status.st_size}\0{status.st_mtime_ns}".encode())
     marker = verified / state.hexdigest()
-    if marker.exists():
-        return
+    with suppress(OSError):
+        if marker.exists():
+            return
     verify_files(folder, manifest)
     with suppress(OSError):
         verified.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from knnlm_core.datastore import layout
-from knnlm_core.datastore.calibration import Calibration, read_calibration
+from knnlm_core.datastore.calibration import Calibration, find_calibration, read_calibration
 from knnlm_core.datastore.checksums import Progress, check_sizes, verify_files
 from knnlm_core.datastore.documents import Document, DocumentTable, EntryLocation, read_documents
 from knnlm_core.datastore.exact import search_exact
@@ -57,7 +57,8 @@ class Datastore:
 
         Args:
             version: None for the one that CURRENT names.
-            calibration: an id; None for the one that CURRENT names, if CURRENT names this version.
+            calibration: an id; None for the one that CURRENT names if CURRENT names this version, else the version's
+                newest.
             checksums: also read every file and compare its sha256; sizes are compared always.
             progress: gets the bytes of each block that was hashed.
         Raises:
@@ -71,8 +72,9 @@ class Datastore:
             current = _current(root, name, required=version is None)
             version = version or (current.version if current else None)
             assert version is not None
-            if calibration is None and current is not None and current.version == version:
-                calibration = current.calibration
+            if calibration is None:
+                is_current = current is not None and current.version == version
+                calibration = current.calibration if current and is_current else find_calibration(root, name, version)
         folder = layout.version_folder(root, name, version)
         if not folder.is_dir():
             known = ", ".join(layout.published_versions(root, name)) or "none"

@@ -203,9 +203,7 @@ class Registry:
             return self._current[name]
         except KeyError:
             loaded = ", ".join(sorted(self._current)) or "none"
-            raise DatastoreNotFound(
-                f"datastore {name!r} is not loaded; loaded: {loaded}", param="knn.datastore"
-            ) from None
+            raise DatastoreNotFound(f"datastore {name!r} is not loaded; loaded: {loaded}", param="datastore") from None
 
     def _leases(self, name: str) -> int:
         return sum(g.leases for g in self._open if g.datastore.name == name)

@@ -64,7 +64,9 @@ def test_mixture_equals_the_dense_float64_formula(device: str, case) -> None:
     sparse = knn_log_probs(on, knn_temperature=tau.to(device))
     mixed = interpolate(lm.to(device), sparse, lmbda.to(device)).cpu().double().numpy()
     for row in range(len(lm)):
-        expected = reference(lm[row].numpy(), Neighbors(*(t[row] for t in neighbors)), tau[row].item(), lmbda[row].item())
+        expected = reference(
+            lm[row].numpy(), Neighbors(*(t[row] for t in neighbors)), tau[row].item(), lmbda[row].item()
+        )
         # Compared where float32 can hold the number at all; below, both must be vanishingly small.
         visible = expected > -80
         np.testing.assert_allclose(mixed[row][visible], expected[visible], atol=1e-5)
