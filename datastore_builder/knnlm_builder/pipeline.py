@@ -40,7 +40,7 @@ from knnlm_core.datastore.manifest import (
 )
 from knnlm_core.datastore.publish import publish, set_current
 from knnlm_core.datastore.reader import Datastore
-from knnlm_core.errors import DatastoreDoesNotHelp, EmptyCorpus
+from knnlm_core.errors import DatastoreDoesNotHelp, DatastoreNotFound, EmptyCorpus
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.loading import LoadOptions, load_lm
 
@@ -233,10 +233,17 @@ def _already_published(settings: BuildSettings, version: str, reporter: Reporter
     store = Datastore.open(settings.output, settings.name, version)
     calibration, entries = store.calibration, store.entries
     store.close()
-    if layout.read_current(settings.output, settings.name).version != version:
+    if not _is_current(settings, version):
         set_current(settings.output, settings.name, version, calibration.id if calibration else None)
     reporter.say(f"{settings.name} version {version} is published already: the same text, settings and model")
     return BuildResult(settings.name, version, entries, calibration, was_published=True)
+
+
+def _is_current(settings: BuildSettings, version: str) -> bool:
+    try:
+        return layout.read_current(settings.output, settings.name).version == version
+    except DatastoreNotFound:  # interrupted between publishing and making current
+        return False
 
 
 def _say_plan(plan: Plan, reporter: Reporter) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from knnlm_core.datastore.reader import Datastore
-
 from knnlm_core.lm.tokenizer import Tokenizer
 from knnlm_core.mixture import Retrieval
 from knnlm_server.engine.events import Finished, FinishReason, RetrievalCounts, TokenEvent, TokenTrace

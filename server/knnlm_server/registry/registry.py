@@ -119,7 +119,7 @@ class Registry:
         with self._lock:
             if name in self._draining:
                 raise DatastoreNotFound(f"datastore {name!r} is being unloaded", param="knn.datastore")
-            generation = self._get(name)
+            generation = self._get(name, param="knn.datastore")
             generation.leases += 1
             return Lease(self, generation)
 
@@ -198,12 +198,12 @@ class Registry:
 
     # -- under the lock ------------------------------------------------------------------------------------------------
 
-    def _get(self, name: str) -> _Generation:
+    def _get(self, name: str, param: str | None = None) -> _Generation:
         try:
             return self._current[name]
         except KeyError:
             loaded = ", ".join(sorted(self._current)) or "none"
-            raise DatastoreNotFound(f"datastore {name!r} is not loaded; loaded: {loaded}", param="datastore") from None
+            raise DatastoreNotFound(f"datastore {name!r} is not loaded; loaded: {loaded}", param=param) from None
 
     def _leases(self, name: str) -> int:
         return sum(g.leases for g in self._open if g.datastore.name == name)
