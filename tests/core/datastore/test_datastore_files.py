@@ -275,7 +275,7 @@ def test_a_calibration_comes_with_current_and_only_for_its_version(tmp_path: Pat
     assert Datastore.open(tmp_path, "law").calibration == calibration
     publish(tmp_path, "law", second)
     assert Datastore.open(tmp_path, "law").calibration is None
-    assert Datastore.open(tmp_path, "law", first).calibration is None
+    assert Datastore.open(tmp_path, "law", first).calibration == calibration  # its newest, CURRENT naming another
     assert Datastore.open(tmp_path, "law", first, calibration=calibration.id).calibration == calibration
     with pytest.raises(DatastoreMismatch, match="datastore_version"):
         Datastore.open(tmp_path, "law", calibration=calibration.id)
