@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from knnlm_core.datastore.durable import part_of, replace_file
+from knnlm_core.durable import part_of, replace_file
 from knnlm_core.errors import DatastoreCorrupt
 
 KeyArray = npt.NDArray[np.float16]

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from knnlm_core.datastore import layout
-from knnlm_core.datastore.durable import sync_folder, write_text
 from knnlm_core.datastore.manifest import Digest16, Positive, read_json, validate, version_of
+from knnlm_core.durable import sync_folder, write_text
 from knnlm_core.errors import BuildConflict, DatastoreCorrupt
 
 MAX_CALIBRATION_BYTES = 4 * 1024 * 1024

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from knnlm_core.datastore.durable import part_of, replace_file
+from knnlm_core.durable import part_of, replace_file
 from knnlm_core.errors import DatastoreCorrupt, DatastoreNotFound, DuplicateDocument
 from knnlm_core.types import EntryRange
 

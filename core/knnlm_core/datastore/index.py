@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.arrays import map_keys
-from knnlm_core.datastore.durable import part_of, replace_file
 from knnlm_core.datastore.manifest import IndexSpec
+from knnlm_core.durable import part_of, replace_file
 from knnlm_core.errors import BuildError, DatastoreCorrupt
 
 EXACT_UP_TO = 50_000  # entries; measured: a scan of 50,000 × 576 takes 4.6 ms for one query on one core

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from knnlm_core.datastore.durable import write_text
+from knnlm_core.durable import write_text
 from knnlm_core.errors import DatastoreCorrupt, DatastoreNotFound, InvalidParameter
 
 BUILDING_SUFFIX = ".tmp"

@@ -13,7 +13,7 @@ import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from knnlm_core.datastore import layout
-from knnlm_core.datastore.durable import write_text
+from knnlm_core.durable import write_text
 from knnlm_core.errors import DatastoreCorrupt, DatastoreMismatch, DatastoreNotFound
 from knnlm_core.types import LMIdentity
 

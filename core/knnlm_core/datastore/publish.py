@@ -8,8 +8,8 @@ from pathlib import Path
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.calibration import read_calibration
 from knnlm_core.datastore.checksums import check_sizes
-from knnlm_core.datastore.durable import sync_file, sync_folder
 from knnlm_core.datastore.manifest import Manifest
+from knnlm_core.durable import sync_file, sync_folder
 from knnlm_core.errors import BuildConflict, DatastoreCorrupt, DatastoreMismatch, DatastoreNotFound
 
 

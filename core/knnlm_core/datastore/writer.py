@@ -12,7 +12,7 @@ from torch import Tensor
 
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.arrays import ValueColumns, write_keys, write_values
-from knnlm_core.datastore.durable import part_of, sync_folder
+from knnlm_core.durable import part_of, sync_folder
 from knnlm_core.errors import BuildConflict, BuildError
 
 MAX_FLOAT16 = 65_504.0

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import CONFIG_NAME
 
+from knnlm_core.durable import sync_file, sync_folder
 from knnlm_core.errors import KnnlmError, ModelLoadError
 from knnlm_core.lm.checkpoint import check_complete, first_line
 
@@ -67,18 +68,10 @@ def convert_gguf(path: Path, folder: Path) -> None:
         tokenizer.save_pretrained(partial)
         for file in partial.iterdir():
             file.chmod(0o644)  # safetensors writes for its owner alone
-            _sync(file)
-        _sync(partial)
+            sync_file(file)
+        sync_folder(partial)
         try:
             os.rename(partial, folder)
         except OSError as error:
             raise ModelLoadError(f"{folder} cannot be made: {error.strerror}; remove what is there") from error
-        _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_folder(folder.parent)
