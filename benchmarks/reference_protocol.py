@@ -1,8 +1,9 @@
 """The old protocol, to compare with published figures: disjoint 512-token windows without left context, one λ.
 
 Store: training pages shuffled with seed 0, tokenised, joined with token 0, the first 300,000 tokens cut into windows
-of 512; the first token of each window has no context, so 299,414 entries remain. Evaluation: the first 10,000 tokens of
-the eval pages in file order, cut the same way: 9,980 tokens. Exact search, k = 1024. λ and τ are *given*, not tuned.
+of 512; the first token of each window has no context, so 299,414 entries remain. Evaluation: the first 10,000 tokens
+of the eval pages in file order, cut the same way: 9,980 tokens. Exact search, k = 1024. λ and τ here are *given*, not
+tuned.
 """
 
 from __future__ import annotations
