@@ -98,4 +98,7 @@ def read_settings(**given: object) -> ServerSettings:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))
+        if first["type"] == "missing":
+            option, variable = f"--{field.replace('_', '-')}", ENV_PREFIX + field.upper()
+            raise InvalidParameter(f"`{field}` is needed: {option} or {variable}", param=field) from error
         raise InvalidParameter(f"`{field}`: {first['msg']}, got {first.get('input')!r}", param=field) from error

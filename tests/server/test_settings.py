@@ -27,7 +27,7 @@ def _bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_the_model_must_be_given() -> None:
     settings = read_settings(model="m")
     assert (settings.host, settings.port, settings.load, settings.api_key) == ("127.0.0.1", 8000, (), None)
-    with pytest.raises(InvalidParameter, match="`model`: Field required"):
+    with pytest.raises(InvalidParameter, match="`model` is needed: --model or KNNLM_MODEL"):
         read_settings()
 
 
