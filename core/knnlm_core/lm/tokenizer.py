@@ -50,11 +50,6 @@ class Tokenizer:
     def __len__(self) -> int:
         return len(self._tokenizer)
 
-    @property
-    def chat_template(self) -> str | None:
-        """The chat template's source, if the tokenizer has one."""
-        return self._tokenizer.chat_template
-
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Token ids of a text, with the tokenizer's own BOS first unless told otherwise."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)

@@ -18,8 +18,6 @@ from knnlm_core.datastore.manifest import IndexSpec
 from knnlm_core.datastore.writer import ShardWriter, is_finished
 from knnlm_core.lm.protocol import CausalLM
 
-_INDEX_UNITS = "entries"
-
 
 def build_shard(lm: CausalLM, plan: Plan, shard: ShardPlan, folder: Path, batch_tokens: int, advance: Advance) -> None:
     """Encode one shard into its folder.
@@ -45,7 +43,7 @@ def build_indexes(
         with reporter.stage("Train index", spec.train_vectors, "vectors") as advance:
             train_index(spec, _sample(folder, shards, spec.train_vectors, dim, seed), trained)
             advance(spec.train_vectors)
-    with reporter.stage("Add to index", total, _INDEX_UNITS) as advance:
+    with reporter.stage("Add to index", total, "entries") as advance:
         for shard in shards:
             entries = shard.entries.stop - shard.entries.first
             shard_folder = folder / layout.shard_name(shard.number)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
@@ -71,7 +70,6 @@ class CompletionRequest:
     trace_neighbors: int = 0
     num_prefilled: int = 0
     counts: RetrievalCounts = field(default_factory=RetrievalCounts)
-    submitted_at: float = field(default_factory=time.monotonic)
 
     @property
     def is_prefilled(self) -> bool:
