@@ -93,6 +93,7 @@ def build_backend(state: Service) -> Backend:
             max_length=settings.max_model_len,
             max_sequences=settings.max_sequences,
             kv_cache_bytes=settings.kv_cache_bytes,
+            prefix_cache_bytes=settings.prefix_cache_bytes,
             progress=sys.stderr.isatty(),
         ),
     )

@@ -22,7 +22,7 @@ from knnlm_core.datastore.publish import set_current
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.errors import DatastoreCorrupt
 from knnlm_core.lm.huggingface import HuggingFaceLM
-from knnlm_server.api.schemas import CompletionBody
+from knnlm_server.api.schemas.completions import CompletionBody
 from knnlm_server.engine import engine as engine_module
 
 LAW = "tiny-lm@law"

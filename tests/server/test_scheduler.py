@@ -33,7 +33,7 @@ class Simulation:
     """Plays the engine: carries out batches without a model, and checks each one."""
 
     def __init__(self, num_slots: int, step_tokens: int) -> None:
-        self.scheduler = Scheduler(num_slots, step_tokens)
+        self.scheduler = Scheduler(num_slots, step_tokens, lambda request: 0)
         self.lengths: dict[str, list[int]] = {}
         self.order: list[str] = []  # of arrival, aborted requests taken out
         self.started: list[str] = []

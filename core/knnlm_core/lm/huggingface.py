@@ -13,6 +13,7 @@ from knnlm_core.lm.fingerprint import model_fingerprint
 from knnlm_core.lm.head import OutputHead
 from knnlm_core.lm.key_tap import find_key_tap
 from knnlm_core.lm.masks import MaskBuilder
+from knnlm_core.lm.prefix_cache import PrefixCache, PrefixCacheUse
 from knnlm_core.lm.probe import check_adapter
 from knnlm_core.lm.protocol import Rows, SequenceId, Span
 from knnlm_core.lm.slot_cache import SlotCache
@@ -34,6 +35,7 @@ class HuggingFaceLM:
         max_length: tokens per sequence; None for the model's maximum, but at most DEFAULT_MAX_LENGTH.
         max_sequences: sequences held at once; 0 for a model that only encodes.
         kv_cache_bytes: bound on the KV cache, which may lower the number of sequences.
+        prefix_cache_bytes: bound on what is kept of prompts' beginnings, beside the KV cache; 0 keeps nothing.
     Raises:
         UnsupportedModel: a check of `probe.py` or of the key tap fails.
         InvalidParameter: max_length beyond the model's, or no sequence fits kv_cache_bytes.
@@ -49,6 +51,7 @@ class HuggingFaceLM:
         max_length: int | None = None,
         max_sequences: int = 0,
         kv_cache_bytes: int = 4 << 30,
+        prefix_cache_bytes: int = 0,
     ) -> None:
         self._model = model
         self._body = model.base_model
@@ -65,6 +68,9 @@ class HuggingFaceLM:
         if max_sequences:
             self._cache = self._allocate_cache(max_sequences, kv_cache_bytes)
             self._free = list(range(self._cache.num_slots))
+        self._prefixes: PrefixCache | None = None
+        if self._cache is not None and prefix_cache_bytes:
+            self._prefixes = PrefixCache(self._cache, prefix_cache_bytes)
         key_dim, vocab_size = check_adapter(self, model)
         self._identity = LMIdentity(
             model_fingerprint=model_fingerprint(model, config),
@@ -95,6 +101,11 @@ class HuggingFaceLM:
     def kv_cache_bytes(self) -> int:
         """Bytes reserved for the KV cache."""
         return self._cache.num_bytes if self._cache else 0
+
+    @property
+    def prefix_cache_use(self) -> PrefixCacheUse:
+        """How much the prefix cache holds and has spared."""
+        return self._prefixes.use if self._prefixes else PrefixCacheUse(0, 0, 0, 0)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,6 +143,18 @@ class HuggingFaceLM:
     def free(self, sequence: SequenceId) -> None:
         del self._lengths[sequence]
         self._free.append(sequence)
+
+    @torch.inference_mode()
+    def reuse_prefix(self, sequence: SequenceId, tokens: Sequence[int]) -> int:
+        assert self._lengths[sequence] == 0, "only an empty sequence can begin with a known prefix. This is a bug."
+        if self._prefixes is not None:
+            self._lengths[sequence] = self._prefixes.load(sequence, tokens)
+        return self._lengths[sequence]
+
+    @torch.inference_mode()
+    def keep_prefix(self, sequence: SequenceId, tokens: Sequence[int]) -> None:
+        if self._prefixes is not None:
+            self._prefixes.save(sequence, tokens[: self._lengths[sequence]])
 
     @torch.inference_mode()
     def forward(self, batch: Sequence[Span]) -> Rows:
@@ -197,7 +220,7 @@ class HuggingFaceLM:
         return self._head(hidden)
 
     def close(self) -> None:
-        self._cache = None
+        self._cache = self._prefixes = None
         self._lengths.clear()
         self._free.clear()
 

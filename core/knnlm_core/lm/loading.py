@@ -34,7 +34,7 @@ class LoadOptions:
     Attributes:
         dtype: ``auto`` (float32 on a CPU, bfloat16 on a GPU), ``float32``, ``bfloat16`` or ``float16``.
         device: ``auto``, ``cpu`` or a CUDA device.
-        key_tap, max_length, max_sequences, kv_cache_bytes: see `HuggingFaceLM`.
+        key_tap, max_length, max_sequences, kv_cache_bytes, prefix_cache_bytes: see `HuggingFaceLM`.
         progress: show the loader's progress bar; for terminals.
     """
 
@@ -44,6 +44,7 @@ class LoadOptions:
     max_length: int | None = None
     max_sequences: int = 0
     kv_cache_bytes: int = 4 << 30
+    prefix_cache_bytes: int = 0
     progress: bool = False
 
 
@@ -71,6 +72,7 @@ def load_lm(model: str, options: LoadOptions | None = None) -> HuggingFaceLM:
         max_length=options.max_length,
         max_sequences=options.max_sequences,
         kv_cache_bytes=options.kv_cache_bytes,
+        prefix_cache_bytes=options.prefix_cache_bytes,
     )
     logger.info(
         "model loaded name=%s dtype=%s device=%s key_tap=%s sequences=%d fingerprint=%s",

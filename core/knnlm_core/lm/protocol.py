@@ -93,6 +93,17 @@ class CausalLM(Protocol):
         """Give the sequence back; its id may be reused."""
         ...
 
+    def reuse_prefix(self, sequence: SequenceId, tokens: Sequence[int]) -> int:
+        """Begin an empty sequence with as many of ``tokens`` as are remembered; returns how many it then holds.
+
+        The result of later passes does not depend on it beyond rounding.
+        """
+        ...
+
+    def keep_prefix(self, sequence: SequenceId, tokens: Sequence[int]) -> None:
+        """Remember the beginning of a sequence for `reuse_prefix`; ``tokens`` are those that it holds, or more."""
+        ...
+
     def encode(self, windows: Sequence[Sequence[int]], first_rows: Sequence[int]) -> Rows:
         """Run whole windows without a cache: the path of building and scoring.
 

@@ -102,6 +102,11 @@ class SlotCache(Cache):  # type: ignore[misc]
         """Bytes reserved for keys and values of all layers."""
         return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in self.layers)
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token takes in all layers."""
+        return self.num_bytes // (self.num_slots * (self.capacity + 1))
+
     def plan_rows(self, slot_ids: Sequence[int], lengths: Sequence[int], num_new: Sequence[int]) -> WritePlan:
         """Plan a pass that appends ``num_new[i]`` tokens to slot ``slot_ids[i]``, which holds ``lengths[i]``.
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from knnlm_core.datastore.calibration import Calibration
-from knnlm_server.api.schemas import LoadBody
+from knnlm_server.api.schemas.datastores import LoadBody
 from knnlm_server.api.security import AdminRequired, KeyRequired
 from knnlm_server.api.state import backend, service
 from knnlm_server.registry.registry import DatastoreStatus

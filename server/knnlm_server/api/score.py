@@ -12,11 +12,12 @@ from fastapi import APIRouter, Request
 
 from knnlm_core.errors import InvalidParameter, KnnlmError
 from knnlm_server.api.disconnect import until_disconnect
-from knnlm_server.api.rendering import json_log_prob
-from knnlm_server.api.schemas import MAX_TEXTS, ScoreBody, TokenIds, Windows
+from knnlm_server.api.schemas.common import TokenIds
+from knnlm_server.api.schemas.score import MAX_TEXTS, ScoreBody, Windows
 from knnlm_server.api.security import KeyRequired
 from knnlm_server.api.selection import Selection, select
 from knnlm_server.api.state import Backend, service
+from knnlm_server.api.trace_rendering import json_log_prob
 from knnlm_server.engine.scoring import ScoreRequest, TokenScores
 
 router = APIRouter(dependencies=[KeyRequired])

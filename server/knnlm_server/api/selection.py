@@ -9,7 +9,7 @@ from knnlm_core.errors import InvalidParameter, ModelNotFound
 from knnlm_core.knn.gates import parse_gate
 from knnlm_core.mixture import Retrieval
 from knnlm_core.types import EntryRange
-from knnlm_server.api.schemas import KnnBody
+from knnlm_server.api.schemas.common import KnnBody
 from knnlm_server.api.state import Backend, Service
 from knnlm_server.registry.registry import Lease
 

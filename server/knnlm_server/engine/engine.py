@@ -16,10 +16,10 @@ import torch
 from knnlm_core.errors import EngineFailure, KnnlmError, Overloaded, RequestCancelled, ShuttingDown
 from knnlm_core.lm.protocol import CausalLM
 from knnlm_server.engine.events import Failed, Finished, TokenEvent
-from knnlm_server.engine.request import CompletionRequest
+from knnlm_server.engine.request import Choice, CompletionRequest
 from knnlm_server.engine.scheduler import Batch, Scheduler
 from knnlm_server.engine.scoring import ScoreRequest
-from knnlm_server.engine.step import NextToken, StepFailure, run_step
+from knnlm_server.engine.step import NextToken, Outcome, PromptRead, PromptScores, StepFailure, run_step
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Engine:
         self.config = config or EngineConfig()
         self._lm = lm
         self._eos = tuple(eos_token_ids)
-        self._scheduler = Scheduler(lm.num_sequences, self.config.step_tokens)
+        self._scheduler = Scheduler(lm.num_sequences, self.config.step_tokens, self._begin_prompt)
         self._scoring: deque[ScoreRequest] = deque()
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._accepted: set[Request] = set()  # submitted and not yet ended
@@ -174,27 +174,58 @@ class Engine:
         if not batch.chunks and not batch.decodes:
             return
         try:
-            for outcome in run_step(self._lm, batch, self._eos):
-                if isinstance(outcome, StepFailure):
-                    logger.error("search failed request=%s %s", outcome.request.request_id, outcome.error.message)
-                    self._end(outcome.request, outcome.error)
-                else:
-                    self._emit(outcome)
+            outcomes = run_step(self._lm, batch, self._eos)
+            for chunk in batch.chunks:
+                if chunk.is_last:  # before anything can free the sequence
+                    self._keep(chunk.request, chunk.request.choices[0])
+            for outcome in outcomes:
+                self._take(outcome)
         except Exception as error:
             logger.exception("step failed chunks=%d decodes=%d", len(batch.chunks), len(batch.decodes))
             self._fail(_requests(batch), error)
 
+    def _begin_prompt(self, request: CompletionRequest) -> int:
+        """Give a prompt its sequence; returns how many tokens of it the prefix cache spares."""
+        sequence = request.choices[0].sequence = self._lm.allocate()
+        if request.prompt_logprobs is None:  # a prompt to be scored needs all its rows
+            # The last token is always read: its row gives the first token of the completion.
+            request.num_cached = self._lm.reuse_prefix(sequence, request.prompt_ids[:-1])
+        return request.num_cached
+
+    def _keep(self, request: CompletionRequest, choice: Choice) -> None:
+        assert choice.sequence is not None
+        self._lm.keep_prefix(choice.sequence, [*request.prompt_ids, *choice.token_ids])
+
+    def _take(self, outcome: Outcome) -> None:
+        request = outcome.request
+        if isinstance(outcome, StepFailure):
+            logger.error("search failed request=%s %s", request.request_id, outcome.error.message)
+            self._end(request, outcome.error)
+        elif isinstance(outcome, PromptScores):
+            request.counts.searched += outcome.num_searched
+            if request.retrieval is not None:
+                request.counts.skipped += len(outcome.event.log_probs) - outcome.num_searched
+            request.emit(outcome.event)
+        elif isinstance(outcome, PromptRead):
+            self._end(request)
+        else:
+            self._emit(outcome)
+
     def _emit(self, token: NextToken) -> None:
         request, choice = token.request, token.choice
+        offset = choice.num_chars
         text, finish_reason = choice.advance(token.token_id, request.params, self._eos)
         if request.retrieval is not None:
             request.counts.searched += token.searched
             request.counts.skipped += not token.searched
         request.emit(
-            TokenEvent(choice.index, token.token_id, text, token.log_prob, token.top, token.trace, finish_reason)
+            TokenEvent(
+                choice.index, token.token_id, text, offset, token.log_prob, token.top, token.trace, finish_reason
+            )
         )
         if finish_reason is None:
             return
+        self._keep(request, choice)  # a conversation goes on from here
         self._free(request, [choice.index])
         if not request.live_choices:
             self._end(request)
@@ -252,7 +283,7 @@ def _tell(request: Request, error: KnnlmError | None) -> None:
     if isinstance(request, ScoreRequest):
         request.on_end(error)
         return
-    tokens = Finished(len(request.prompt_ids), request.num_generated, request.counts)
+    tokens = Finished(len(request.prompt_ids), request.num_generated, request.num_cached, request.counts)
     request.emit(Failed(error) if error else tokens)
     request.on_end()
 

@@ -1,4 +1,4 @@
-"""What the engine tells a request's owner, in order: tokens of any choice, then exactly one end."""
+"""What the engine tells a request's owner: its prompt's scores, then tokens of any choice, then exactly one end."""
 
 from __future__ import annotations
 
@@ -34,6 +34,17 @@ class TokenTrace:
     neighbors: Sequence[TracedNeighbor]  # nearest first
 
 
+TopTokens = Sequence[tuple[int, float]]  # token id and log-probability, most probable first
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEvent:
+    """Log-probabilities of the next few prompt tokens, in order from the second on; the first one has no context."""
+
+    log_probs: Sequence[float]  # natural log, of the mixture
+    tops: Sequence[TopTokens]
+
+
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
     """One more token of one choice."""
@@ -41,8 +52,9 @@ class TokenEvent:
     choice: int
     token_id: int
     text: str  # what can be shown now; may lag behind the tokens
+    text_offset: int  # characters of completion that the tokens before this one make
     log_prob: float  # natural log, of the mixture, before penalties and temperature
-    top: Sequence[tuple[int, float]] = ()  # most probable first
+    top: TopTokens = ()
     trace: TokenTrace | None = None
     finish_reason: FinishReason | None = None
 
@@ -64,6 +76,7 @@ class Finished:
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0  # of the prompt, taken from the prefix cache
     counts: RetrievalCounts = field(default_factory=RetrievalCounts)
 
 
@@ -74,4 +87,4 @@ class Failed:
     error: KnnlmError
 
 
-Event = TokenEvent | Finished | Failed
+Event = PromptEvent | TokenEvent | Finished | Failed

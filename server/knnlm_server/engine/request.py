@@ -22,6 +22,7 @@ class Choice:
     stops: StopMatcher
     sequence: SequenceId | None = None
     token_ids: list[int] = field(default_factory=list)
+    num_chars: int = 0  # of the text that the tokens make, held back or not
     finish_reason: FinishReason | None = None
 
     def advance(
@@ -35,7 +36,9 @@ class Choice:
         is_end = token_id in params.stop_token_ids or (token_id in eos_token_ids and not params.ignore_eos)
         text = ""
         if not is_end:
-            result = self.stops.push(self.detokenizer.push(token_id))
+            delta = self.detokenizer.push(token_id)
+            self.num_chars += len(delta)
+            result = self.stops.push(delta)
             if result.stopped:
                 self.finish_reason = "stop"
                 return result.emit, self.finish_reason
@@ -57,6 +60,8 @@ class CompletionRequest:
         on_end: called exactly once when the request leaves the engine, however it leaves: gives the lease back.
         seed: of the sampling noise; given by the caller or drawn at admission.
         trace_neighbors: neighbours reported per token; 0 for no trace.
+        prompt_logprobs: alternatives to report with each prompt token; None does not score the prompt.
+        num_cached: prompt tokens that the prefix cache spared.
     """
 
     request_id: str
@@ -68,7 +73,10 @@ class CompletionRequest:
     emit: Callable[[Event], None]
     on_end: Callable[[], None]
     trace_neighbors: int = 0
+    prompt_logprobs: int | None = None
+    has_begun: bool = False
     num_prefilled: int = 0
+    num_cached: int = 0
     counts: RetrievalCounts = field(default_factory=RetrievalCounts)
 
     @property

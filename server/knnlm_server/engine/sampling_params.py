@@ -25,7 +25,7 @@ class SamplingParams:
     """One request's sampling, penalties and stopping; `check` it before use.
 
     Attributes:
-        max_tokens: most tokens to generate per choice.
+        max_tokens: most tokens to generate per choice; 0 only reads the prompt.
         temperature: divides the scores; 0 is greedy.
         top_p: keep the fewest most likely tokens whose mass reaches this share; at least one, 1 is off.
         top_k: keep this many most likely tokens; 0 or −1 is off.
@@ -80,7 +80,7 @@ class SamplingParams:
         Args:   vocab_size: V, columns of the log-probabilities.
         Raises: InvalidParameter: naming the field, its limit and the value given.
         """
-        _at_least("max_tokens", self.max_tokens, 1)
+        _at_least("max_tokens", self.max_tokens, 0)
         _between("min_tokens", self.min_tokens, 0, self.max_tokens)
         _between("n", self.n, 1, MAX_CHOICES)
         _at_least("temperature", self.temperature, 0)

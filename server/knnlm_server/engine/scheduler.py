@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 from knnlm_core.errors import InvalidParameter
@@ -42,9 +43,12 @@ class Scheduler:
     Args:
         num_slots: sequences that the LM can hold.
         step_tokens: prompt and completion tokens per step; what decoding leaves over goes to prompts, in order.
+        begin: called when a request's prompt is about to be read; returns how many of its tokens are known already,
+            fewer than all.
     """
 
-    def __init__(self, num_slots: int, step_tokens: int) -> None:
+    def __init__(self, num_slots: int, step_tokens: int, begin: Callable[[CompletionRequest], int]) -> None:
+        self._begin = begin
         self.num_slots = num_slots
         self.step_tokens = step_tokens
         self.waiting: deque[CompletionRequest] = deque()
@@ -84,6 +88,9 @@ class Scheduler:
         chunks = []
         for request in self.running:
             if budget and not request.is_prefilled:
+                if not request.has_begun:
+                    # As late as can be: a request just before it may share its prompt.
+                    request.has_begun, request.num_prefilled = True, self._begin(request)
                 stop = min(len(request.prompt_ids), request.num_prefilled + budget)
                 chunks.append(Chunk(request, request.num_prefilled, stop))
                 budget -= stop - request.num_prefilled

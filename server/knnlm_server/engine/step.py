@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from knnlm_core.errors import KnnlmError
-from knnlm_core.lm.protocol import CausalLM, Span
+from knnlm_core.lm.head import LOGIT_ELEMENTS_PER_CHUNK
+from knnlm_core.lm.protocol import CausalLM, Rows, Span
 from knnlm_core.mixture import MixedRows, mix_rows
-from knnlm_server.engine.events import TokenTrace
+from knnlm_server.engine.events import PromptEvent, TokenTrace, TopTokens
 from knnlm_server.engine.request import Choice, CompletionRequest
 from knnlm_server.engine.sampler import SampleRow, sample, top_logprobs
-from knnlm_server.engine.scheduler import Batch
+from knnlm_server.engine.scheduler import Batch, Chunk
 from knnlm_server.engine.tracing import trace_rows
 
 
@@ -25,6 +26,20 @@ class StepFailure(NamedTuple):
     error: KnnlmError
 
 
+class PromptScores(NamedTuple):
+    """Log-probabilities of some tokens of a request's prompt."""
+
+    request: CompletionRequest
+    event: PromptEvent
+    num_searched: int
+
+
+class PromptRead(NamedTuple):
+    """A prompt is complete and nothing is to follow it."""
+
+    request: CompletionRequest
+
+
 class NextToken(NamedTuple):
     """The token that a step chose for one choice."""
 
@@ -32,65 +47,141 @@ class NextToken(NamedTuple):
     choice: Choice
     token_id: int
     log_prob: float  # of the mixture, before penalties and temperature
-    top: Sequence[tuple[int, float]]
+    top: TopTokens
     searched: bool
     trace: TokenTrace | None
 
 
+Outcome = StepFailure | PromptScores | PromptRead | NextToken
+
+
 @torch.inference_mode()
-def run_step(lm: CausalLM, batch: Batch, eos_token_ids: Sequence[int]) -> list[NextToken | StepFailure]:
+def run_step(lm: CausalLM, batch: Batch, eos_token_ids: Sequence[int]) -> list[Outcome]:
     """Advance every decoding choice by a token and every prompt by its chunk.
 
     A prompt that becomes complete is forked into its choices, which all draw their first token from its last row.
     """
-    output = lm.forward(_spans(lm, batch))
-    rows, sources = _complete(lm, batch)
-    if not rows:
-        return []
-    lm_log_probs = torch.log_softmax(lm.logits(output.hidden), dim=1)
-    mixed = mix_rows(lm_log_probs, output.keys, [request.retrieval for request in sources])
-    failures = [StepFailure(sources[row], error) for row, error in mixed.found.failures.items()]
-    rows = [owner for owner in rows if owner[0] not in mixed.found.failures]
-    if not rows:
-        return list(failures)
-    of_row = torch.tensor([row for row, _, _ in rows], device=lm_log_probs.device)
-    sampling = [_sampling(request, choice) for _, request, choice in rows]
-    tokens = sample(mixed.log_probs[of_row], sampling, eos_token_ids=eos_token_ids)
-    return [*failures, *_collect(rows, of_row, tokens, lm_log_probs, mixed)]
+    output = lm.forward(_spans(batch))
+    plan = _plan_rows(lm, batch)
+    outcomes: list[Outcome] = []
+    failed = set()
+    for scored in plan.scored:
+        for outcome in _score_prompt(lm, output, scored):
+            outcomes.append(outcome)
+            if isinstance(outcome, StepFailure):
+                failed.add(outcome.request)
+    outcomes += [PromptRead(request) for request in plan.read if request not in failed]
+    return outcomes + _next_tokens(lm, output, [row for row in plan.next if row.request not in failed], eos_token_ids)
 
 
-_RowOwner = tuple[int, CompletionRequest, Choice]  # row of the forward pass, and whose token it gives
+class _NextRow(NamedTuple):
+    """A row of the pass whose next token is drawn for one or more choices."""
+
+    row: int
+    request: CompletionRequest
+    choices: Sequence[Choice]
 
 
-def _spans(lm: CausalLM, batch: Batch) -> list[Span]:
+class _ScoredRows(NamedTuple):
+    """Neighbouring rows of the pass that predict known prompt tokens."""
+
+    first_row: int
+    request: CompletionRequest
+    targets: Sequence[int]
+
+
+class _RowPlan(NamedTuple):
+    """What the rows of a pass are for."""
+
+    next: list[_NextRow]
+    scored: list[_ScoredRows]
+    read: list[CompletionRequest]
+
+
+def _spans(batch: Batch) -> list[Span]:
     spans = []
     for _, choice in batch.decodes:
         assert choice.sequence is not None
         spans.append(Span(choice.sequence, choice.token_ids[-1:]))
     for chunk in batch.chunks:
-        first = chunk.request.choices[0]
-        if first.sequence is None:
-            first.sequence = lm.allocate()
-        tokens = chunk.request.prompt_ids[chunk.start : chunk.stop]
-        spans.append(Span(first.sequence, tokens, rows=int(chunk.is_last)))
+        sequence = chunk.request.choices[0].sequence
+        assert sequence is not None, "a chunk of a request that has no sequence. This is a bug."
+        spans.append(Span(sequence, chunk.request.prompt_ids[chunk.start : chunk.stop], rows=_num_rows(chunk)))
     return spans
 
 
-def _complete(lm: CausalLM, batch: Batch) -> tuple[list[_RowOwner], list[CompletionRequest]]:
-    """Account for what the pass appended; returns whose tokens its rows give, and the request of each row."""
-    rows = [(row, request, choice) for row, (request, choice) in enumerate(batch.decodes)]
-    sources = [request for request, _ in batch.decodes]
+def _num_rows(chunk: Chunk) -> int:
+    """How many of a chunk's rows anybody looks at."""
+    return chunk.stop - chunk.start if chunk.request.prompt_logprobs is not None else int(chunk.is_last)
+
+
+def _plan_rows(lm: CausalLM, batch: Batch) -> _RowPlan:
+    """Account for what the pass appended, and say what its rows are for."""
+    plan = _RowPlan([_NextRow(row, request, [choice]) for row, (request, choice) in enumerate(batch.decodes)], [], [])
+    row = len(batch.decodes)
     for chunk in batch.chunks:
         request = chunk.request
         request.num_prefilled = chunk.stop
-        if chunk.is_last:
+        rows = _num_rows(chunk)
+        if request.prompt_logprobs is not None:
+            # The row at position t predicts token t + 1.
+            plan.scored.append(_ScoredRows(row, request, request.prompt_ids[chunk.start + 1 : chunk.stop + 1]))
+        if chunk.is_last and not request.params.max_tokens:
+            plan.read.append(request)
+        elif chunk.is_last:
             first = request.choices[0]
             assert first.sequence is not None
             for choice in request.choices[1:]:
                 choice.sequence = lm.copy(first.sequence)
-            rows += [(len(sources), request, choice) for choice in request.choices]
-            sources.append(request)
-    return rows, sources
+            plan.next.append(_NextRow(row + rows - 1, request, request.choices))
+        row += rows
+    return plan
+
+
+def _score_prompt(lm: CausalLM, output: Rows, scored: _ScoredRows) -> Iterator[PromptScores | StepFailure]:
+    """Score prompt tokens, so many at a time that their whole distributions fit in memory."""
+    size = max(1, LOGIT_ELEMENTS_PER_CHUNK // lm.identity.vocab_size)
+    request = scored.request
+    for start in range(0, len(scored.targets), size):
+        targets = torch.as_tensor(scored.targets[start : start + size], device=output.keys.device)
+        rows = slice(scored.first_row + start, scored.first_row + start + len(targets))
+        lm_log_probs = torch.log_softmax(lm.logits(output.hidden[rows]), dim=1)
+        mixed = mix_rows(lm_log_probs, output.keys[rows], [request.retrieval] * len(targets))
+        for error in mixed.found.failures.values():
+            yield StepFailure(request, error)
+            return
+        chosen, top_ids, top_values = top_logprobs(mixed.log_probs, targets, request.prompt_logprobs or 0)
+        tops = [
+            list(zip(ids, values, strict=True))
+            for ids, values in zip(top_ids.tolist(), top_values.tolist(), strict=True)
+        ]
+        yield PromptScores(request, PromptEvent(chosen.tolist(), tops), int(mixed.found.searched.sum()))
+
+
+def _next_tokens(
+    lm: CausalLM, output: Rows, wanted: Sequence[_NextRow], eos_token_ids: Sequence[int]
+) -> list[StepFailure | NextToken]:
+    if not wanted:
+        return []
+    index = torch.tensor([row.row for row in wanted], device=output.keys.device)
+    lm_log_probs = torch.log_softmax(lm.logits(output.hidden[index]), dim=1)
+    mixed = mix_rows(lm_log_probs, output.keys[index], [row.request.retrieval for row in wanted])
+    failures = [StepFailure(wanted[row].request, error) for row, error in mixed.found.failures.items()]
+    owners = [
+        (i, row.request, choice)
+        for i, row in enumerate(wanted)
+        if i not in mixed.found.failures
+        for choice in row.choices
+    ]
+    if not owners:
+        return list(failures)
+    of_row = torch.tensor([row for row, _, _ in owners], device=lm_log_probs.device)
+    sampling = [_sampling(request, choice) for _, request, choice in owners]
+    tokens = sample(mixed.log_probs[of_row], sampling, eos_token_ids=eos_token_ids)
+    return [*failures, *_collect(owners, of_row, tokens, lm_log_probs, mixed)]
+
+
+_RowOwner = tuple[int, CompletionRequest, Choice]  # row of the mixture, and whose token it gives
 
 
 def _sampling(request: CompletionRequest, choice: Choice) -> SampleRow:

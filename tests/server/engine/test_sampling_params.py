@@ -42,7 +42,7 @@ AT_THE_LIMITS: list[dict[str, Any]] = [
 ]
 
 BEYOND: list[tuple[str, Any, str]] = [  # field, value, what the message must name
-    ("max_tokens", 0, "at least 1, got 0"),
+    ("max_tokens", -1, "at least 0, got -1"),
     ("min_tokens", -1, "from 0 to 16, got -1"),
     ("min_tokens", 17, "from 0 to 16, got 17"),
     ("temperature", -0.1, "at least 0, got -0.1"),

@@ -1,0 +1,72 @@
+"""What bodies of several routes share: texts, token ids, and how a request retrieves."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+
+from knnlm_core.errors import UnsupportedFeature
+
+logger = logging.getLogger(__name__)
+
+# The first bad element ends the check: a body of millions of them must not become millions of errors.
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
+
+
+def _check_unicode(text: str) -> str:
+    """JSON can spell half a surrogate pair, which is no character and which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half a surrogate pair at character {error.start} is no text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_unicode)]
+NonEmpty = Annotated[Text, StringConstraints(min_length=1)]
+Texts = Annotated[list[NonEmpty], Field(fail_fast=True)]
+ListOfTokenIds = Annotated[list[TokenIds], Field(fail_fast=True)]
+DocumentIds = Annotated[list[Text], Field(fail_fast=True)]
+
+
+class Body(BaseModel):
+    """A request body; unknown fields are accepted at the top level, as clients send them."""
+
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+    def log_unknown(self) -> None:
+        """Say at debug level which fields had no effect."""
+        if self.model_extra:
+            logger.debug("unknown fields ignored fields=%s", ",".join(sorted(self.model_extra)))
+
+
+class KnnBody(BaseModel):
+    """How this request retrieves; what is left out comes from the datastore's calibration."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", populate_by_name=True)
+
+    datastore: str | list[dict[str, Any]] | None = Field(default=None, description="Name of a loaded datastore.")
+    k: int | None = Field(default=None, description="Neighbours per query.")
+    temperature: float | None = Field(default=None, description="τ: divides squared distances.")
+    lmbda: float | None = Field(default=None, alias="lambda", description="λ: weight of p_knn, 0 … 1.")
+    gate: str | None = Field(default=None, description="When to search: always or never.")
+    gate_threshold: float | None = Field(default=None, description="Threshold of the gate, for gates that have one.")
+    speculate: bool | None = Field(default=None, description="Draft from the datastore; not offered by this build.")
+    trace: bool = Field(default=False, description="Report per token how its probability came about.")
+
+    def refuse_unsupported(self) -> None:
+        """Raises UnsupportedFeature for what later releases will honour."""
+        if isinstance(self.datastore, list):
+            raise UnsupportedFeature(
+                "`knn.datastore` must be one name; mixtures of datastores are not offered by this build",
+                param="knn.datastore",
+            )
+        if self.speculate:
+            raise UnsupportedFeature("`knn.speculate` is not offered by this build", param="knn.speculate")
+        if self.gate_threshold is not None:
+            raise UnsupportedFeature(
+                "`knn.gate_threshold` needs a gate with a threshold; this build knows always and never",
+                param="knn.gate_threshold",
+            )

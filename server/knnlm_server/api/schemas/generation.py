@@ -1,0 +1,130 @@
+"""Fields that completions and chat share: sampling, stopping and streaming."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from knnlm_core.errors import InvalidParameter, UnsupportedFeature
+from knnlm_server.api.schemas.common import Body, KnnBody, Text, TokenIds
+from knnlm_server.engine.sampling_params import MAX_LOGIT_BIASES, SamplingParams
+
+_TOKEN_ID = re.compile(r"[0-9]{1,9}")
+_SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "min_tokens",
+)
+
+
+class StreamOptions(BaseModel):
+    """What a stream reports besides tokens."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    include_usage: bool = Field(default=False, description="Send the usage of the whole request last.")
+    continuous_usage_stats: bool = Field(default=False, description="Send the usage so far with every chunk.")
+
+
+class GenerationBody(Body):
+    """What can be said about how tokens are chosen and when they end."""
+
+    model: str | None = Field(default=None, description="`<lm>` or `<lm>@<datastore>`.")
+    temperature: float | None = Field(default=None, description="Divides the scores; 0 is greedy, 1 the default.")
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    n: int | None = Field(default=None, description="Choices per prompt; 1 by default.")
+    stop: Text | Annotated[list[Text], Field(fail_fast=True)] | None = None
+    stop_token_ids: TokenIds | None = None
+    include_stop_str_in_output: bool = False
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, Any] | None = Field(default=None, description="Token id → what is added to its score.")
+    ignore_eos: bool = False
+    min_tokens: int | None = None
+    skip_special_tokens: bool = True
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    knn: KnnBody | None = None
+
+    def refuse_unsupported(self) -> None:
+        """Raises UnsupportedFeature for fields that would change the answer but cannot be honoured."""
+        extra = self.model_extra or {}
+        for name in ("tools", "functions"):
+            if extra.get(name):
+                raise UnsupportedFeature(f"`{name}` is not offered by this server", param=name)
+        response_format = extra.get("response_format")
+        if response_format not in (None, {"type": "text"}):
+            raise UnsupportedFeature(
+                "`response_format` other than text is not offered by this server", param="response_format"
+            )
+        if self.stream_options is not None and not self.stream:
+            raise InvalidParameter("`stream_options` needs `stream`: true", param="stream_options")
+        if self.knn is not None:
+            self.knn.refuse_unsupported()
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with the usage of the whole request."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def wants_running_usage(self) -> bool:
+        """Whether every chunk of a stream carries the usage so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    @property
+    def wants_trace(self) -> bool:
+        """Whether to report per token how its probability came about."""
+        return self.knn is not None and self.knn.trace
+
+    def sampling_params(self, *, n: int, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """The engine's view of this body; fields left out or null take the engine's defaults.
+
+        Args:
+            n: choices to generate per prompt.
+            max_tokens: None for the engine's default.
+            logprobs: alternatives to report per token, None for none at all.
+        """
+        given = {name: getattr(self, name) for name in _SAMPLING} | {"max_tokens": max_tokens}
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return SamplingParams(
+            **{name: value for name, value in given.items() if value is not None},
+            n=n,
+            logprobs=logprobs,
+            stop=tuple(stop),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            logit_bias=_token_biases(self.logit_bias or {}),
+            ignore_eos=self.ignore_eos,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            skip_special_tokens=self.skip_special_tokens,
+        )
+
+
+def _token_biases(given: dict[str, Any]) -> dict[int, float]:
+    if len(given) > MAX_LOGIT_BIASES:
+        raise InvalidParameter(
+            f"`logit_bias` must name at most {MAX_LOGIT_BIASES} tokens, got {len(given)}", param="logit_bias"
+        )
+    biases = {}
+    for key, value in given.items():
+        if not _TOKEN_ID.fullmatch(key):
+            raise InvalidParameter(f"`logit_bias` keys must be token ids, got {key[:80]!r}", param="logit_bias")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise InvalidParameter(
+                f"`logit_bias` values must be numbers, got {str(value)[:80]!r} for token {key}", param="logit_bias"
+            )
+        biases[int(key)] = float(value)
+    return biases
