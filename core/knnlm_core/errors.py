@@ -31,6 +31,7 @@
     └── ServiceError
         ├── NotReady                   still starting
         ├── Overloaded                 the queue is full
+        ├── RateLimited                the key has as many requests under way as it may
         ├── ShuttingDown               draining
         ├── RequestCancelled           the client went away
         └── EngineFailure              a step failed; a defect of ours
@@ -255,6 +256,12 @@ class Overloaded(ServiceError):
     """The queue is full; try again later."""
 
     code = "overloaded"
+
+
+class RateLimited(ServiceError):
+    """The API key has as many requests under way as it may; try again later."""
+
+    code = "rate_limited"
 
 
 class ShuttingDown(ServiceError):

@@ -38,7 +38,8 @@ def serve(
     max_queued: Annotated[int | None, _option("max_queued", "--max-queued")] = None,
     max_body_bytes: Annotated[int | None, _option("max_body_bytes", "--max-body-bytes")] = None,
     drain_timeout_s: Annotated[float | None, _option("drain_timeout_s", "--drain-timeout-s")] = None,
-    api_key: Annotated[str | None, _option("api_key", "--api-key")] = None,
+    api_key: Annotated[list[str] | None, _option("api_key", "--api-key")] = None,
+    max_requests_per_key: Annotated[int | None, _option("max_requests_per_key", "--max-requests-per-key")] = None,
     admin_key: Annotated[str | None, _option("admin_key", "--admin-key")] = None,
     log_level: Annotated[str | None, _option("log_level", "--log-level")] = None,
 ) -> None:
@@ -47,7 +48,8 @@ def serve(
     Every option can also be given as an environment variable: KNNLM_ and the option's name in capitals.
     """
     given = dict(locals())
-    given["load"] = tuple(load) if load else None
+    for name in ("load", "api_key"):
+        given[name] = tuple(given[name]) if given[name] else None
     settings = read_settings(**given)
 
     from knnlm_server.run import run_server  # torch is imported only when it is needed

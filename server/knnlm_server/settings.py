@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from knnlm_core.errors import InvalidParameter
 
 ENV_PREFIX = "KNNLM_"
+ApiKey = Annotated[SecretStr, Field(min_length=1)]
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -67,8 +68,13 @@ class ServerSettings(BaseSettings):
         le=3600,
         description="Seconds that running requests get at shutdown or when a store is unloaded.",
     )
-    api_key: SecretStr | None = Field(
-        default=None, min_length=1, description="Key that every /v1 route asks for; by default none."
+    api_key: Annotated[tuple[ApiKey, ...], NoDecode] = Field(
+        default=(), description="Key that every /v1 route asks for; several may be given, by default none."
+    )
+    max_requests_per_key: int | None = Field(
+        default=None,
+        ge=1,
+        description="Requests that an API key may have under way; one more is answered 429. By default unlimited.",
     )
     admin_key: SecretStr | None = Field(
         default=None,
@@ -82,6 +88,12 @@ class ServerSettings(BaseSettings):
     def _names(cls, given: object) -> object:
         """In the environment, names are separated by commas."""
         return tuple(name.strip() for name in given.split(",") if name.strip()) if isinstance(given, str) else given
+
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _keys(cls, given: object) -> object:
+        """In the environment, keys are separated by commas; an empty one is an error, not an open door."""
+        return tuple(key.strip() for key in given.split(",")) if isinstance(given, str) else given
 
     @property
     def is_loopback(self) -> bool:
@@ -102,7 +114,7 @@ def read_settings(**given: object) -> ServerSettings:
         return ServerSettings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"]))
+        field = str(first["loc"][0]) if first["loc"] else ""
         if first["type"] == "missing":
             option, variable = f"--{field.replace('_', '-')}", ENV_PREFIX + field.upper()
             raise InvalidParameter(f"`{field}` is needed: {option} or {variable}", param=field) from error

@@ -26,7 +26,7 @@ def _bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_only_the_model_must_be_given() -> None:
     settings = read_settings(model="m")
-    assert (settings.host, settings.port, settings.load, settings.api_key) == ("127.0.0.1", 8000, (), None)
+    assert (settings.host, settings.port, settings.load, settings.api_key) == ("127.0.0.1", 8000, (), ())
     with pytest.raises(InvalidParameter, match="`model` is needed: --model or KNNLM_MODEL"):
         read_settings()
 
@@ -63,12 +63,11 @@ def test_the_environment_is_read_and_arguments_win(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("KNNLM_MODEL", "from-environment")
     monkeypatch.setenv("KNNLM_PORT", "9000")
     monkeypatch.setenv("KNNLM_DATASTORES", "/stores")
-    monkeypatch.setenv("KNNLM_API_KEY", "secret")
+    monkeypatch.setenv("KNNLM_API_KEY", "secret, other")
     settings = read_settings(port=9001, max_queued=None)
     assert (settings.model, settings.port, settings.datastores) == ("from-environment", 9001, Path("/stores"))
     assert settings.max_queued == FIELDS["max_queued"].default
-    assert settings.api_key is not None
-    assert settings.api_key.get_secret_value() == "secret"
+    assert [key.get_secret_value() for key in settings.api_key] == ["secret", "other"]
     assert "secret" not in repr(settings)
 
 
@@ -115,7 +114,7 @@ def test_a_value_out_of_bounds_is_named(field: str, value: object) -> None:
     assert caught.value.param == field
 
 
-@pytest.mark.parametrize(("field", "value"), [("port", "http"), ("max_queued", "-1"), ("api_key", "")])
+@pytest.mark.parametrize(("field", "value"), [("port", "http"), ("max_queued", "-1"), ("api_key", ""), ("api_key", "key,")])
 def test_a_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch, field: str, value: str) -> None:
     monkeypatch.setenv(ENV_PREFIX + field.upper(), value)
     with pytest.raises(InvalidParameter, match=f"`{field}`: "):

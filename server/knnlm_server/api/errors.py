@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from knnlm_core import errors as e
 
@@ -28,11 +29,13 @@ STATUS: dict[type[e.KnnlmError], tuple[int, str]] = {
     e.DatastoreBusy: (409, "conflict_error"),
     e.NotReady: (503, "service_unavailable_error"),
     e.Overloaded: (503, "service_unavailable_error"),
+    e.RateLimited: (429, "rate_limit_error"),
     e.ShuttingDown: (503, "service_unavailable_error"),
     e.RequestCancelled: (499, "request_cancelled"),
     e.EngineFailure: (500, "internal_server_error"),
 }
 
+METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE")
 _RETRY_AFTER_S = 1
 _UNION_MEMBER = re.compile(r"\[|^(constrained-)?(str|int)$")
 
@@ -53,7 +56,7 @@ def error_response(error: e.KnnlmError) -> Response:
     """The answer for an error raised before any byte was sent."""
     status, _ = status_of(error)
     headers = {}
-    if status == 503:
+    if status in (429, 503):
         headers["Retry-After"] = str(_RETRY_AFTER_S)
     if status == 409:
         # Clients retry 409 by themselves; a conflict about a datastore does not go away by asking again.
@@ -98,7 +101,8 @@ async def _invalid_body(request: Request, error: RequestValidationError) -> Resp
     return error_response(e.InvalidParameter(message, param=field))
 
 
-_HTTP_CODES = {
+# What the router says by itself: status → type, code.
+HTTP_CODES = {
     404: ("not_found_error", "route_not_found"),
     405: ("invalid_request_error", "method_not_allowed"),
     415: ("invalid_request_error", "unsupported_media_type"),
@@ -109,7 +113,18 @@ async def _http(request: Request, error: HTTPException) -> Response:
     if isinstance(error.__cause__, e.KnnlmError):
         # FastAPI turns whatever reading the body raises into a 400 of its own.
         return error_response(error.__cause__)
-    kind, code = _HTTP_CODES.get(error.status_code, ("invalid_request_error", "invalid_request"))
+    kind, code = HTTP_CODES.get(error.status_code, ("invalid_request_error", "invalid_request"))
     message = f"{request.method} {request.url.path}: {error.detail}"
     body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
-    return _answer(body, error.status_code, error.headers)
+    headers = error.headers if error.status_code != 405 else {"Allow": ", ".join(_methods_of(request))}
+    return _answer(body, error.status_code, headers)
+
+
+def _methods_of(request: Request) -> list[str]:
+    """Methods that the path knows; the router itself names those of one route alone."""
+    scopes = [{**request.scope, "method": method} for method in METHODS]
+    return [
+        scope["method"]
+        for scope in scopes
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+    ]

@@ -6,14 +6,18 @@ import logging
 import re
 import time
 import uuid
+from collections import Counter
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from knnlm_core.errors import KnnlmError, PayloadTooLarge
+from knnlm_core.errors import KnnlmError, PayloadTooLarge, RateLimited
 from knnlm_server.api.errors import error_response
+from knnlm_server.api.security import key_number
+from knnlm_server.settings import ServerSettings
 
 logger = logging.getLogger("knnlm_server.access")
-_REQUEST_ID = re.compile(r"^[\w.:-]{1,128}$")
+REQUEST_ID = r"^[\w.:-]{1,128}$"
+_REQUEST_ID = re.compile(REQUEST_ID)
 
 
 class RequestLog:
@@ -56,6 +60,32 @@ class RequestLog:
                 level, "request method=%s path=%r status=%d seconds=%.3f id=%s",
                 scope["method"], scope["path"], status, time.monotonic() - started, request_id,
             )  # fmt: skip
+
+
+class KeyLimit:
+    """Refuses requests of an API key that has as many under way as it may, streams included."""
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
+        self._app = app
+        self._settings = settings
+        self._running: Counter[int] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        most, key = self._settings.max_requests_per_key, None
+        if scope["type"] == "http" and most is not None:
+            key = key_number(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1"), self._settings)
+        if key is None or most is None:
+            await self._app(scope, receive, send)
+            return
+        if self._running[key] >= most:
+            error = RateLimited(f"this API key may have at most {most} requests under way; try again later")
+            await error_response(error)(scope, receive, send)
+            return
+        self._running[key] += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._running[key] -= 1
 
 
 class BodyLimit:

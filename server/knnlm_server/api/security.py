@@ -6,25 +6,41 @@ import hashlib
 import hmac
 from typing import Annotated
 
-from fastapi import Depends, Header, Request
+from fastapi import Depends, Request
+from fastapi.openapi.models import HTTPBearer
+from fastapi.security.base import SecurityBase
 from pydantic import SecretStr
 
 from knnlm_core.errors import Forbidden, Unauthorized
 from knnlm_server.api.state import service
+from knnlm_server.settings import ServerSettings
 
-Authorization = Annotated[str | None, Header(description="`Bearer <key>`")]
+
+class BearerScheme(SecurityBase):
+    """How a key is sent, for the OpenAPI document; hands out the header as it is, for the checks below."""
+
+    def __init__(self, name: str, description: str) -> None:
+        self.scheme_name = name
+        self.model = HTTPBearer(description=description)
+
+    async def __call__(self, request: Request) -> str | None:
+        return request.headers.get("authorization")
 
 
-def require_key(request: Request, authorization: Authorization = None) -> None:
+API_KEY = BearerScheme("ApiKey", "`Authorization: Bearer <key>`; the admin key opens these routes too.")
+ADMIN_KEY = BearerScheme("AdminKey", "`Authorization: Bearer <key>`, for routes that change datastores.")
+
+
+def require_key(request: Request, authorization: Annotated[str | None, Depends(API_KEY)]) -> None:
     """Raises Unauthorized: the server has an API key and the request carries neither it nor the admin key."""
     settings = service(request).settings
-    if settings.api_key is None:
+    if not settings.api_key:
         return
-    if not (_matches(authorization, settings.api_key) or _matches(authorization, settings.admin_key)):
+    if key_number(authorization, settings) is None and not _matches(authorization, settings.admin_key):
         raise Unauthorized("a valid API key is needed: Authorization: Bearer <key>")
 
 
-def require_admin(request: Request, authorization: Authorization = None) -> None:
+def require_admin(request: Request, authorization: Annotated[str | None, Depends(ADMIN_KEY)]) -> None:
     """Raises Unauthorized or Forbidden: the request may not change datastores."""
     settings = service(request).settings
     if settings.admin_key is None:
@@ -38,6 +54,12 @@ def require_admin(request: Request, authorization: Authorization = None) -> None
         raise Unauthorized("changing datastores needs the admin key: Authorization: Bearer <key>")
     if not _matches(authorization, settings.admin_key):
         raise Forbidden("this key may not change datastores; the admin key is needed")
+
+
+def key_number(authorization: str | None, settings: ServerSettings) -> int | None:
+    """Which of the server's API keys a request carries, if any."""
+    found = [number for number, key in enumerate(settings.api_key) if _matches(authorization, key)]
+    return found[0] if found else None
 
 
 def _matches(authorization: str | None, key: SecretStr | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -20,6 +21,7 @@ from knnlm_server.engine.request import Choice, CompletionRequest
 from knnlm_server.engine.scheduler import Batch, Scheduler
 from knnlm_server.engine.scoring import ScoreRequest
 from knnlm_server.engine.step import NextToken, Outcome, PromptRead, PromptScores, StepFailure, run_step
+from knnlm_server.telemetry.metrics import EngineMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,7 @@ class Engine:
 
     def __init__(self, lm: CausalLM, eos_token_ids: Iterable[int], config: EngineConfig | None = None) -> None:
         self.config = config or EngineConfig()
+        self.metrics = EngineMetrics()
         self._lm = lm
         self._eos = tuple(eos_token_ids)
         self._scheduler = Scheduler(lm.num_sequences, self.config.step_tokens, self._begin_prompt)
@@ -202,9 +205,7 @@ class Engine:
             logger.error("search failed request=%s %s", request.request_id, outcome.error.message)
             self._end(request, outcome.error)
         elif isinstance(outcome, PromptScores):
-            request.counts.searched += outcome.num_searched
-            if request.retrieval is not None:
-                request.counts.skipped += len(outcome.event.log_probs) - outcome.num_searched
+            self._count_retrieval(request, searched=outcome.num_searched, of=len(outcome.event.log_probs))
             request.emit(outcome.event)
         elif isinstance(outcome, PromptRead):
             self._end(request)
@@ -213,11 +214,10 @@ class Engine:
 
     def _emit(self, token: NextToken) -> None:
         request, choice = token.request, token.choice
+        self._time_token(request, choice)
         offset = choice.num_chars
         text, finish_reason = choice.advance(token.token_id, request.params, self._eos)
-        if request.retrieval is not None:
-            request.counts.searched += token.searched
-            request.counts.skipped += not token.searched
+        self._count_retrieval(request, searched=int(token.searched), of=1)
         request.emit(
             TokenEvent(
                 choice.index, token.token_id, text, offset, token.log_prob, token.top, token.trace, finish_reason
@@ -229,6 +229,22 @@ class Engine:
         self._free(request, [choice.index])
         if not request.live_choices:
             self._end(request)
+
+    def _time_token(self, request: CompletionRequest, choice: Choice) -> None:
+        now = time.monotonic()
+        if choice.token_ids:
+            self.metrics.between_tokens.observe(now - choice.last_token_s)
+        elif choice.index == 0:
+            self.metrics.first_token.observe(now - request.submitted_s)
+        choice.last_token_s = now
+        self.metrics.generation_tokens.inc()
+
+    def _count_retrieval(self, request: CompletionRequest, *, searched: int, of: int) -> None:
+        if request.retrieval is not None:
+            request.counts.searched += searched
+            request.counts.skipped += of - searched
+            self.metrics.retrievals.labels("searched").inc(searched)
+            self.metrics.retrievals.labels("skipped").inc(of - searched)
 
     @torch.inference_mode()
     def _score(self) -> None:
@@ -275,6 +291,9 @@ class Engine:
                 choice.finish_reason = "length"
             self._free(request, [choice.index for choice in live])
             self._scheduler.remove(request)
+            self.metrics.prompt_tokens.inc(request.num_prefilled)
+        self.metrics.requests.labels(request.kind, error.code if error else "finished").inc()
+        self.metrics.request_seconds.labels(request.kind).observe(time.monotonic() - request.submitted_s)
         _tell(request, error)
 
 

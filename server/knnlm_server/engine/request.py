@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from knnlm_core.lm.protocol import SequenceId
 from knnlm_core.mixture import Retrieval
@@ -22,6 +24,7 @@ class Choice:
     stops: StopMatcher
     sequence: SequenceId | None = None
     token_ids: list[int] = field(default_factory=list)
+    last_token_s: float = 0.0  # monotonic clock
     num_chars: int = 0  # of the text that the tokens make, held back or not
     finish_reason: FinishReason | None = None
 
@@ -78,6 +81,8 @@ class CompletionRequest:
     num_prefilled: int = 0
     num_cached: int = 0
     counts: RetrievalCounts = field(default_factory=RetrievalCounts)
+    submitted_s: float = field(default_factory=time.monotonic)
+    kind: ClassVar[str] = "completion"  # as metrics call it
 
     @property
     def is_prefilled(self) -> bool:

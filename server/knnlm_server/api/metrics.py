@@ -1,0 +1,73 @@
+"""``/metrics``: the engine's counters and the server's present state, as Prometheus reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0
+from prometheus_client.registry import Collector
+
+from knnlm_server.api.state import Backend, service
+
+router = APIRouter()
+
+
+@router.get("/metrics", summary="Metrics", response_class=Response)
+async def metrics(request: Request) -> Response:
+    """Prometheus text; before the model is loaded, of the process alone."""
+    backend = service(request).backend
+    # Made anew each time: it reads what is there now and keeps nothing.
+    now = CollectorRegistry()
+    ProcessCollector(registry=now)
+    if backend is not None:
+        now.register(_State(backend))
+    text = generate_latest(now) + (generate_latest(backend.engine.metrics.registry) if backend is not None else b"")
+    return Response(text, media_type=CONTENT_TYPE_PLAIN_1_0_0)
+
+
+class _State(Collector):
+    """Gauges of what is under way, and the prefix cache's counters."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def collect(self) -> Iterator[Metric]:
+        load = self._backend.engine.load()
+        yield GaugeMetricFamily("knnlm_requests_running", "Requests that generate.", load.running)
+        yield GaugeMetricFamily("knnlm_requests_waiting", "Requests that wait for a sequence.", load.waiting)
+        yield GaugeMetricFamily("knnlm_requests_scoring", "Requests that are scored.", load.scoring)
+        lm = self._backend.lm
+        yield GaugeMetricFamily(
+            "knnlm_sequences_used", "Sequences of the KV cache in use.", lm.num_sequences - lm.num_free_sequences
+        )
+        yield GaugeMetricFamily("knnlm_sequences", "Sequences that the KV cache holds at most.", lm.num_sequences)
+        yield GaugeMetricFamily("knnlm_kv_cache_bytes", "Bytes reserved for the KV cache.", lm.kv_cache_bytes)
+        yield from self._prefix_cache()
+        yield from self._datastores()
+
+    def _prefix_cache(self) -> Iterator[Metric]:
+        use = self._backend.lm.prefix_cache_use
+        yield CounterMetricFamily(
+            "knnlm_prefix_cache_queried_tokens", "Prompt tokens looked up in the prefix cache.", use.asked_tokens
+        )
+        yield CounterMetricFamily(
+            "knnlm_prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache.", use.reused_tokens
+        )
+        yield GaugeMetricFamily("knnlm_prefix_cache_used_bytes", "Bytes of blocks that are filled.", use.used_bytes)
+        yield GaugeMetricFamily("knnlm_prefix_cache_bytes", "Bytes reserved for blocks.", use.reserved_bytes)
+
+    def _datastores(self) -> Iterator[Metric]:
+        labels = ["datastore"]
+        leases = GaugeMetricFamily("knnlm_datastore_leases", "Leases of all open generations.", labels=labels)
+        generation = GaugeMetricFamily("knnlm_datastore_generation", "Generation that serves.", labels=labels)
+        entries = GaugeMetricFamily("knnlm_datastore_entries", "Entries of the version that serves.", labels=labels)
+        for status in self._backend.registry.statuses():
+            name = [status.datastore.name]
+            leases.add_metric(name, status.leases)
+            generation.add_metric(name, status.generation)
+            entries.add_metric(name, status.datastore.entries)
+        yield from (leases, generation, entries)
