@@ -1,0 +1,82 @@
+"""Two hundred requests abandoned in mid-flight leave nothing behind: no slot, no lease, no socket, no thread."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import psutil
+import pytest
+from live_server import LiveServer, slowed, wait_until
+from small_stores import Published, Start
+
+SOON_S = 5.0
+STORM = 200
+LAW = "tiny-lm@law"
+TEXT = "The tenant shall pay the rent on the first day of each month. "
+GENERATE = {"model": LAW, "prompt": TEXT, "max_tokens": 150, "ignore_eos": True, "n": 2}
+# What each kind of client is in the middle of when it leaves.
+KINDS: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/completions", GENERATE),
+    ("/v1/completions", GENERATE | {"stream": True}),
+    ("/v1/completions", GENERATE | {"prompt": [TEXT * 5] * 3, "echo": True, "logprobs": 5, "n": 1}),
+    ("/v1/score", {"model": LAW, "input": [TEXT * 200] * 4}),
+]
+
+
+def begin(server: LiveServer, path: str, body: dict[str, Any]) -> socket.socket:
+    """Send a request whose answer nobody waits for."""
+    content = json.dumps(body).encode()
+    connection = socket.create_connection(("127.0.0.1", server.port))
+    head = f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+    connection.sendall(f"{head}\r\n\r\n".encode() + content)
+    return connection
+
+
+def resources(server: LiveServer) -> dict[str, float]:
+    process = psutil.Process()
+    figures = server.http.get("/metrics").text.splitlines()
+    gauges = {line.split()[0]: float(line.split()[1]) for line in figures if line.startswith("knnlm_requests_")}
+    return {
+        "file descriptors": process.num_fds(),
+        "threads": threading.active_count(),
+        **{name: value for name, value in gauges.items() if "{" not in name},
+    }
+
+
+@pytest.mark.slow
+def test_two_hundred_abandoned_requests_leave_the_server_as_it_was(published: Published, start_server: Start) -> None:
+    server = start_server(datastores=published.root, max_sequences=8, max_queued=2 * STORM)
+    server.complete(TEXT, model=LAW)
+    server.score([TEXT], model=LAW)
+    before = resources(server)
+    with slowed(server.lm, 0.2), ExitStack() as storm:
+        for i in range(STORM):
+            storm.enter_context(begin(server, *KINDS[i % len(KINDS)]))
+        # Some generate, some are scored, most wait.
+        wait_until(lambda: sum(server.backend.engine.load()) >= STORM // 2)
+        assert server.backend.engine.load().waiting > STORM // 4
+        storm.close()
+        asked = time.monotonic()
+        answer = server.complete(TEXT, model=LAW, max_tokens=3, ignore_eos=True)
+        assert answer["usage"]["completion_tokens"] == 3
+        assert time.monotonic() - asked < SOON_S
+        wait_until(server.is_idle, within_s=SOON_S)
+    _settles(lambda: resources(server), before)
+
+
+def _settles(read: Callable[[], dict[str, float]], need: dict[str, float]) -> None:
+    """Sockets close a moment after their answer; idle worker threads of the pool may stay."""
+    deadline = time.monotonic() + SOON_S
+    while True:
+        have = read()
+        more = {name: have[name] - need[name] for name in need if name != "threads" and have[name] > need[name]}
+        if not more:
+            return
+        assert time.monotonic() < deadline, more
+        time.sleep(0.05)
