@@ -15,7 +15,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from common import arguments, read_rows, shuffled_train_rows, write_result
 from rich.progress import track
+from served import MODEL, served
 
 from knnlm_builder.stages.fit import bootstrap_gain
 from knnlm_client import Client
@@ -34,7 +34,7 @@ from knnlm_core.lm.loading import load_lm
 from knnlm_core.windows import rolling_windows
 
 ENTRIES, WINDOW, STRIDE, BLOCK = 300_000, 1024, 512, 128
-PORT, NAME, MODEL = 8765, "bench", "lm"
+PORT, NAME = 8765, "bench"
 RECOMPUTED_PAGES, RECOMPUTED_WINDOWS = 18, 2
 
 
@@ -103,34 +103,12 @@ def build(model: str, data: Path, work: Path, root: Path) -> None:
 
 def score_pages(model: str, root: Path, pages: list[dict[str, Any]]) -> tuple[list[list[dict[str, Any]]], Any]:
     """Per-token scores of every page from a running server, and the server's description of the store."""
-    command = ["serve", "--model", model, "--datastores", str(root), "--load", NAME, "--port", str(PORT)]
-    server = subprocess.Popen([sys.executable, "-m", "knnlm_cli", *command, "--served-model-name", MODEL])
-    url = f"http://127.0.0.1:{PORT}"
-    try:
-        with Client(url, timeout=3600) as client:
-            wait_until_ready(url, server)
-            scores = []
-            for page in track(pages, description="Score"):
-                answer = client.score(
-                    [page["text"]], model=f"{MODEL}@{NAME}", per_token=True, window=WINDOW, stride=STRIDE
-                )
-                scores.append([t.model_dump(by_alias=True) for t in answer.results[0].per_token or []])
-            return scores, httpx.get(f"{url}/v1/datastores/{NAME}").json()
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
-    """Return when the server can answer."""
-    while server.poll() is None:
-        try:
-            if httpx.get(f"{url}/ready").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.5)
-    raise SystemExit("the server ended before it was ready")
+    with served(model, root, NAME, port=PORT) as server, Client(server.url, timeout=3600) as client:
+        scores = []
+        for page in track(pages, description="Score"):
+            answer = client.score([page["text"]], model=f"{MODEL}@{NAME}", per_token=True, window=WINDOW, stride=STRIDE)
+            scores.append([t.model_dump(by_alias=True) for t in answer.results[0].per_token or []])
+        return scores, httpx.get(f"{server.url}/v1/datastores/{NAME}").json()
 
 
 @torch.inference_mode()

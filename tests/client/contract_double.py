@@ -13,137 +13,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn
+from contract_bodies import (
+    CHAT,
+    CHAT_CHUNKS,
+    CHUNKS,
+    COMPLETION,
+    DATASTORE,
+    DATASTORES,
+    DONE,
+    MODELS,
+    NEIGHBORS,
+    READY,
+    SCORE,
+    SCORE_EVENTS,
+    TOKENIZATION,
+    TOKENIZER_INFO,
+    ndjson,
+    sse,
+)
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from knnlm_client import AsyncClient
-
-COMPLETION: dict[str, Any] = {
-    "id": "cmpl-1",
-    "object": "text_completion",
-    "created": 1_790_000_000,
-    "model": "smollm2@law",
-    "system_fingerprint": "lm-4f1c law:v3:2.0",
-    "choices": [
-        {
-            "index": 0,
-            "text": " shall",
-            "finish_reason": "length",
-            "logprobs": {
-                "tokens": ["The", " shall"],
-                "token_logprobs": [None, -0.25],
-                "top_logprobs": [None, {" shall": -0.25, " may": -1.5}],
-                "text_offset": [0, 3],
-            },
-            "knn": [
-                {
-                    "token_id": 523,
-                    "token": " shall",
-                    "searched": True,
-                    "decision": "search",
-                    "lambda": 0.25,
-                    "p_lm": 0.5,
-                    "p_knn": 0.75,
-                    "p": 0.5625,
-                    "neighbors": [
-                        {
-                            "entry_id": 71,
-                            "distance": 12.5,
-                            "weight": 0.75,
-                            "token": " shall",
-                            "document_id": "act-7",
-                            "uri": "https://example.org/act-7",
-                            "title": "Act 7",
-                            "licence": "CC0-1.0",
-                            "char_start": 10,
-                            "char_end": 16,
-                        }
-                    ],
-                }
-            ],
-        }
-    ],
-    "usage": {
-        "prompt_tokens": 1,
-        "completion_tokens": 1,
-        "total_tokens": 2,
-        "knn": {"searched": 1, "followed": 0, "skipped": 0, "drafted": 0, "accepted": 0},
-    },
-}
-
-
-def completion_chunk(text: str, *, finish_reason: str | None = None) -> dict[str, Any]:
-    """One streamed piece of the same completion."""
-    head = {name: COMPLETION[name] for name in ("id", "object", "created", "model", "system_fingerprint")}
-    return head | {"choices": [{"index": 0, "text": text, "finish_reason": finish_reason}]}
-
-
-CHUNKS = [
-    completion_chunk(" Käufer"),
-    completion_chunk(" muß", finish_reason="stop"),
-    completion_chunk("") | {"choices": [], "usage": COMPLETION["usage"]},
-]
-
-_LOSSES = {
-    "base": {"nll": 20.0, "perplexity": 54.5, "bits_per_byte": 1.5},
-    "mixed": {"nll": 18.0, "perplexity": 36.5, "bits_per_byte": 1.25},
-}
-SCORE: dict[str, Any] = {
-    "object": "score",
-    "model": "smollm2@law",
-    "system_fingerprint": "lm-4f1c law:v3:2.0",
-    "results": [
-        {
-            "index": 0,
-            "tokens": 5,
-            "bytes": 19,
-            "searched": 3,
-            **_LOSSES,
-            "per_token": [
-                {
-                    "id": 523,
-                    "token": " shall",
-                    "offset": 3,
-                    "base": -4.0,
-                    "mixed": -3.5,
-                    "lambda": 0.25,
-                    "decision": "search",
-                }
-            ],
-        }
-    ],
-    "total": {"tokens": 5, "bytes": 19, "searched": 3, **_LOSSES},
-}
-DATASTORE: dict[str, Any] = {
-    "object": "datastore",
-    "name": "law",
-    "version": "v3",
-    "generation": 2,
-    "state": "serving",
-    "entries": 50_000,
-    "bytes": 61_000_000,
-    "unit": "token",
-    "documents": 120,
-    "leases": 1,
-    "calibration": {"knn_temperature": 12.0, "lambda": 0.25},
-    "model_fingerprint": "4f1c",
-}
-MODELS: dict[str, Any] = {
-    "object": "list",
-    "data": [
-        {"id": "smollm2", "object": "model", "created": 1_790_000_000, "owned_by": "knnlm", "max_model_len": 2048},
-        {"id": "smollm2@law", "object": "model", "created": 1_790_000_000, "owned_by": "knnlm", "parent": "smollm2"},
-    ],
-}
-
-
-def sse(*bodies: dict[str, Any]) -> list[bytes]:
-    """Events with these JSON bodies, each as its own piece, in the bytes of the wire."""
-    return [f"data: {json.dumps(body, ensure_ascii=False)}\n\n".encode() for body in bodies]
-
-
-DONE = b"data: [DONE]\n\n"
 
 
 @dataclass(frozen=True)
@@ -161,16 +53,16 @@ class SeenRequest:
 class StreamScript:
     """What the next streams send: pieces in order, each only once the test has allowed it."""
 
-    pieces: list[bytes]
+    pieces: list[bytes] | None = None  # None: the route's own
     endless: bool = False  # begin anew after the last piece
     breaks_off: bool = False  # close the connection instead of ending the answer
     allowed: threading.Semaphore | None = None  # None: no waiting
     closed: threading.Event = field(default_factory=threading.Event)  # the server has stopped sending
 
-    async def send(self) -> AsyncIterator[bytes]:
+    async def send(self, own: list[bytes]) -> AsyncIterator[bytes]:
         try:
             while True:
-                for piece in self.pieces:
+                for piece in own if self.pieces is None else self.pieces:
                     while self.allowed is not None and not self.allowed.acquire(blocking=False):
                         await asyncio.sleep(0.002)
                     await asyncio.sleep(0)  # an endless stream must leave the loop time to see that nobody reads
@@ -196,7 +88,7 @@ class ContractDouble:
     seen: list[SeenRequest] = field(default_factory=list)
     next_answer: Response | None = None
     hang: threading.Event | None = None
-    stream: StreamScript = field(default_factory=lambda: StreamScript([*sse(*CHUNKS), DONE]))
+    stream: StreamScript = field(default_factory=StreamScript)
 
     def reset(self) -> None:
         """Forget the last test."""
@@ -248,15 +140,39 @@ class ContractDouble:
 def _routes(double: ContractDouble) -> FastAPI:
     app = FastAPI()
 
+    async def answer(request: Request, whole: dict[str, Any], pieces: list[bytes], media_type: str) -> Response:
+        if (await request.json()).get("stream"):
+            return StreamingResponse(double.stream.send(pieces), media_type=media_type)
+        return JSONResponse(whole)
+
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        if (await request.json()).get("stream"):
-            return StreamingResponse(double.stream.send(), media_type="text/event-stream")
-        return JSONResponse(COMPLETION)
+        return await answer(request, COMPLETION, [*sse(*CHUNKS), DONE], "text/event-stream")
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await answer(request, CHAT, [*sse(*CHAT_CHUNKS), DONE], "text/event-stream")
 
     @app.post("/v1/score")
-    async def score() -> Response:
-        return JSONResponse(SCORE)
+    async def score(request: Request) -> Response:
+        return await answer(request, SCORE, ndjson(*SCORE_EVENTS), "application/x-ndjson")
+
+    @app.post("/v1/neighbors")
+    async def neighbors() -> Response:
+        return JSONResponse(NEIGHBORS)
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        shown = (await request.json()).get("return_token_strs")
+        return JSONResponse(TOKENIZATION if shown else TOKENIZATION | {"token_strs": None})
+
+    @app.post("/detokenize")
+    async def detokenize() -> Response:
+        return JSONResponse({"prompt": "The shall"})
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        return JSONResponse(TOKENIZER_INFO)
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -264,7 +180,7 @@ def _routes(double: ContractDouble) -> FastAPI:
 
     @app.get("/v1/datastores")
     async def datastores() -> Response:
-        return JSONResponse({"object": "list", "data": [DATASTORE]})
+        return JSONResponse(DATASTORES)
 
     @app.get("/v1/datastores/{name:path}")
     async def get_datastore(name: str) -> Response:
@@ -279,9 +195,12 @@ def _routes(double: ContractDouble) -> FastAPI:
         return Response(status_code=204)
 
     @app.get("/health")
+    async def health() -> Response:
+        return JSONResponse({"status": "ok"})
+
     @app.get("/ready")
-    async def status() -> Response:
-        return JSONResponse({})
+    async def ready() -> Response:
+        return JSONResponse(READY)
 
     return app
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from contract_double import CHUNKS, COMPLETION, ContractDouble, StreamScript, sse
+from contract_bodies import CHUNKS, COMPLETION, sse
+from contract_double import ContractDouble, StreamScript
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse
 
 import knnlm_client
@@ -31,7 +32,7 @@ from knnlm_client import (
     UnexpectedResponse,
 )
 from knnlm_client._connection import Connection
-from knnlm_client._operations import PreparedRequest
+from knnlm_client._prepared import PreparedRequest
 from knnlm_client.errors import CLASS_BY_CODE, CLASS_BY_STATUS, error_class
 from knnlm_core.errors import BuildError, CorpusError, DuplicateDocument, KnnlmError
 
@@ -187,7 +188,7 @@ def test_a_success_with_a_strange_body_is_an_unexpected_response(
     body: str, double: ContractDouble, client: Client
 ) -> None:
     double.next_answer = PlainTextResponse(body, 200)
-    with pytest.raises(UnexpectedResponse, match="GET /v1/models: this is no ModelList") as caught:
+    with pytest.raises(UnexpectedResponse, match="GET /v1/models: this is no ModelListBody") as caught:
         client.models()
     assert caught.value.status == 200
 

@@ -14,13 +14,39 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
-from contract_double import CHUNKS, COMPLETION, DATASTORE, MODELS, SCORE, ContractDouble, run_async
+from contract_bodies import (
+    CHAT,
+    CHAT_CHUNKS,
+    CHUNKS,
+    COMPLETION,
+    DATASTORE,
+    DATASTORES,
+    NEIGHBORS,
+    READY,
+    SCORE,
+    SCORE_EVENTS,
+    TOKENIZATION,
+    TOKENIZER_INFO,
+)
+from contract_double import ContractDouble, run_async
+from every_operation import (
+    ALL_CHAT_OPTIONS,
+    ALL_COMPLETION_OPTIONS,
+    NEIGHBORS_OPTIONS,
+    OPERATIONS,
+    SCORE_OPTIONS,
+    STREAMS,
+)
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 
 from knnlm_client import (
     AsyncClient,
     AsyncDatastores,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatOptions,
+    ChatRequest,
     Client,
     Completion,
     CompletionChunk,
@@ -29,143 +55,33 @@ from knnlm_client import (
     Datastore,
     Datastores,
     KnnOptions,
-    ModelCard,
+    NeighborsOptions,
+    NeighborsRequest,
+    NeighborsResponse,
+    Readiness,
     ScoreOptions,
     ScoreRequest,
     ScoreResponse,
+    StreamChatOptions,
     StreamCompletionOptions,
-    StreamOptions,
-    WeightedDatastore,
+    Tokenization,
+    TokenizeChatRequest,
+    TokenizeOptions,
+    TokenizeRequest,
+    TokenizerInfo,
+    UnexpectedResponse,
     __version__,
 )
+from knnlm_client.responses import DatastoreListBody, ReadyBody, ScoreLine
 
 CLIENT_FOLDER = Path(__file__).parents[2] / "clients" / "python"
-
-ALL_COMPLETION_OPTIONS: StreamCompletionOptions = {
-    "max_tokens": 8,
-    "min_tokens": 1,
-    "temperature": 0.0,
-    "top_p": 0.9,
-    "top_k": 5,
-    "min_p": 0.1,
-    "n": 2,
-    "stop": ["\n", "."],
-    "seed": 7,
-    "logprobs": 2,
-    "echo": True,
-    "presence_penalty": 0.5,
-    "frequency_penalty": -0.5,
-    "logit_bias": {11: -100.0},
-    "ignore_eos": False,
-    "skip_special_tokens": True,
-    "stop_token_ids": [2],
-    "include_stop_str_in_output": True,
-    "repetition_penalty": 1.25,
-    "user": "me",
-    "knn": KnnOptions(
-        datastore=[WeightedDatastore(name="law", weight=0.75)],
-        k=16,
-        temperature=10.0,
-        lmbda=0.25,
-        gate="always",
-        gate_threshold=0.5,
-        speculate=False,
-        trace=True,
-    ),
-    "stream_options": StreamOptions(include_usage=True),
-}
-ALL_ON_THE_WIRE = ALL_COMPLETION_OPTIONS | {
-    "logit_bias": {"11": -100.0},
-    "knn": {
-        "datastore": [{"name": "law", "weight": 0.75}],
-        "k": 16,
-        "temperature": 10.0,
-        "lambda": 0.25,
-        "gate": "always",
-        "gate_threshold": 0.5,
-        "speculate": False,
-        "trace": True,
-    },
-    "stream_options": {"include_usage": True},
-}
-SCORE_OPTIONS: ScoreOptions = {
-    "knn": KnnOptions(datastore="law"),
-    "per_token": True,
-    "exclude_documents": ["act-7"],
-    "window": 1024,
-    "stride": 512,
-}
-
-# name → (the call on either client, method, path, body on the wire, answer)
-OPERATIONS: dict[str, tuple[Callable[[Any], Any], str, str, Any, Any]] = {
-    "completions": (
-        lambda c: c.completions("The", model="smollm2@law", max_tokens=1),
-        "POST",
-        "/v1/completions",
-        {"prompt": "The", "model": "smollm2@law", "max_tokens": 1},
-        Completion.model_validate(COMPLETION),
-    ),
-    "completions with every option": (
-        lambda c: c.completions([[1, 2], [3]], model="smollm2", **ALL_COMPLETION_OPTIONS),
-        "POST",
-        "/v1/completions",
-        {"prompt": [[1, 2], [3]], "model": "smollm2", **ALL_ON_THE_WIRE},
-        Completion.model_validate(COMPLETION),
-    ),
-    "score": (
-        lambda c: c.score(["The buyer shall pay."], model="smollm2", **SCORE_OPTIONS),
-        "POST",
-        "/v1/score",
-        {"input": ["The buyer shall pay."], "model": "smollm2", **SCORE_OPTIONS, "knn": {"datastore": "law"}},
-        ScoreResponse.model_validate(SCORE),
-    ),
-    "models": (
-        lambda c: c.models(),
-        "GET",
-        "/v1/models",
-        None,
-        tuple(ModelCard.model_validate(card) for card in MODELS["data"]),
-    ),
-    "health": (lambda c: c.health(), "GET", "/health", None, True),
-    "ready": (lambda c: c.ready(), "GET", "/ready", None, True),
-    "datastores.list": (
-        lambda c: c.datastores.list(),
-        "GET",
-        "/v1/datastores",
-        None,
-        (Datastore.model_validate(DATASTORE),),
-    ),
-    "datastores.get": (
-        lambda c: c.datastores.get("law"),
-        "GET",
-        "/v1/datastores/law",
-        None,
-        Datastore.model_validate(DATASTORE),
-    ),
-    "datastores.load": (
-        lambda c: c.datastores.load("law"),
-        "PUT",
-        "/v1/datastores/law",
-        {"version": "current"},
-        Datastore.model_validate(DATASTORE | {"version": "current"}),
-    ),
-    "datastores.load of a version": (
-        lambda c: c.datastores.load("law", version="v4"),
-        "PUT",
-        "/v1/datastores/law",
-        {"version": "v4"},
-        Datastore.model_validate(DATASTORE | {"version": "v4"}),
-    ),
-    "datastores.unload": (lambda c: c.datastores.unload("law"), "DELETE", "/v1/datastores/law", None, None),
-}
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_sync_and_async_send_the_same_and_return_the_same(name: str, double: ContractDouble, client: Client) -> None:
     call, method, path, body, expected = OPERATIONS[name]
     answers = [call(client), run_async(double, call)]
-    if expected is True:
-        answers = [bool(answer) for answer in answers]
+    assert [type(answer) for answer in answers] == [type(expected)] * 2
     assert answers == [expected, expected]
     assert len(double.seen) == 2
     assert double.seen[0] == double.seen[1]
@@ -174,9 +90,10 @@ def test_sync_and_async_send_the_same_and_return_the_same(name: str, double: Con
 
 
 def test_every_operation_of_the_clients_is_compared() -> None:
-    methods = {name for name in public_methods(Client) if name != "close"} - {"stream_completions"}
+    methods = {name for name in public_methods(Client) if name != "close"}
     methods |= {f"datastores.{name}" for name in public_methods(Datastores)}
-    assert {name.split()[0] for name in OPERATIONS} == methods
+    assert {name.split()[0] for name in OPERATIONS | STREAMS} == methods
+    assert set(STREAMS) == {name for name in methods if name.startswith("stream_")}
 
 
 def public_methods(cls: type) -> dict[str, inspect.Signature]:
@@ -201,22 +118,34 @@ def test_the_clients_have_the_same_methods_with_the_same_parameters(sync: type, 
 
 
 @pytest.mark.parametrize(
-    ("keywords", "model", "positional"),
+    ("keywords", "models", "positional"),
     [
-        (StreamCompletionOptions, CompletionRequest, {"prompt", "model"}),
-        (ScoreOptions, ScoreRequest, {"input", "model"}),
+        (StreamCompletionOptions, (CompletionRequest,), {"prompt", "model"}),
+        (StreamChatOptions, (ChatRequest,), {"messages", "model"}),
+        (ScoreOptions, (ScoreRequest,), {"input", "model"}),
+        (NeighborsOptions, (NeighborsRequest,), {"input", "model"}),
+        (TokenizeOptions, (TokenizeRequest, TokenizeChatRequest), {"prompt", "messages"}),
     ],
 )
 def test_keywords_and_request_models_have_the_same_fields(
-    keywords: type, model: type[BaseModel], positional: set[str]
+    keywords: type, models: tuple[type[BaseModel], ...], positional: set[str]
 ) -> None:
-    assert set(get_type_hints(keywords)) == set(model.model_fields) - positional
-    assert set(get_type_hints(CompletionOptions)) < set(get_type_hints(StreamCompletionOptions))
+    fields = {name for model in models for name in model.model_fields}
+    assert set(get_type_hints(keywords)) == fields - positional
+
+
+@pytest.mark.parametrize(
+    ("whole", "stream"), [(CompletionOptions, StreamCompletionOptions), (ChatOptions, StreamChatOptions)]
+)
+def test_a_stream_takes_the_keywords_of_the_whole_and_its_own(whole: type, stream: type) -> None:
+    assert set(get_type_hints(stream)) == set(get_type_hints(whole)) | {"stream_options"}
 
 
 def test_the_example_of_every_option_leaves_none_out() -> None:
     assert set(ALL_COMPLETION_OPTIONS) == set(get_type_hints(StreamCompletionOptions))
+    assert set(ALL_CHAT_OPTIONS) == set(get_type_hints(StreamChatOptions))
     assert set(SCORE_OPTIONS) == set(get_type_hints(ScoreOptions))
+    assert set(NEIGHBORS_OPTIONS) == set(get_type_hints(NeighborsOptions))
 
 
 @pytest.mark.parametrize(
@@ -241,7 +170,24 @@ def test_none_is_left_to_the_server_and_not_sent(double: ContractDouble, client:
         lambda c: c.completions("x", model="m", temperature=float("nan")),
         lambda c: c.completions([1, "a"], model="m"),
         lambda c: c.completions(None, model="m"),
-        lambda c: c.score("one text", model="m"),
+        lambda c: c.score(["x", [1]], model="m"),
+        lambda c: c.score([{"document": "act-7"}], model="m"),
+        lambda c: c.score(["x"], model="m", stream=True),
+        lambda c: c.stream_score(["x"], model="m", stream_options=None),
+        lambda c: c.chat("Wer zahlt?", model="m"),
+        lambda c: c.chat([{"role": "user"}], model="m"),
+        lambda c: c.chat([{"role": "user", "content": "x", "tool_calls": []}], model="m"),
+        lambda c: c.chat([{"role": "user", "content": [{"text": "x"}]}], model="m"),
+        lambda c: c.chat([{"role": "user", "content": "x"}], model="m", logprobs=5),
+        lambda c: c.chat([{"role": "user", "content": "x"}], model="m", echo=True),
+        lambda c: c.chat([{"role": "user", "content": "x"}], model="m", chat_template_kwargs={"now": object()}),
+        lambda c: c.stream_chat([{"role": "user", "content": "x"}], model="m", tools=[]),
+        lambda c: c.neighbors([1, "a"], model="m"),
+        lambda c: c.neighbors("x", model="m", k=3),
+        lambda c: c.tokenize(None),
+        lambda c: c.tokenize("x", add_generation_prompt=True),
+        lambda c: c.tokenize([{"role": "user", "content": "x"}], add_special_tokens=True),
+        lambda c: c.detokenize("x"),
         lambda c: c.score(["x"], model="m", knn={"datastor": "law"}),
         lambda c: c.stream_completions("x", model=None),
         lambda c: c.stream_completions("x", model="m", temperature=float("inf")),
@@ -271,10 +217,94 @@ def test_lambda_is_called_lmbda_in_python_and_lambda_on_the_wire() -> None:
 
 @pytest.mark.parametrize(
     ("model", "body"),
-    [(Completion, COMPLETION), (CompletionChunk, CHUNKS[0]), (ScoreResponse, SCORE), (Datastore, DATASTORE)],
+    [
+        (Completion, COMPLETION),
+        *((CompletionChunk, chunk) for chunk in CHUNKS),
+        (ChatCompletion, CHAT),
+        *((ChatCompletionChunk, chunk) for chunk in CHAT_CHUNKS),
+        (ScoreResponse, SCORE),
+        *((ScoreLine, event) for event in SCORE_EVENTS),
+        (NeighborsResponse, NEIGHBORS),
+        (Tokenization, TOKENIZATION),
+        (TokenizerInfo, TOKENIZER_INFO),
+        (Datastore, DATASTORE),
+        (DatastoreListBody, {name: value for name, value in DATASTORES.items() if name != "object"}),
+        (ReadyBody, READY),
+    ],
 )
 def test_an_answer_survives_being_written_out_again(model: type[BaseModel], body: dict[str, Any]) -> None:
     assert model.model_validate(body).model_dump(mode="json", by_alias=True, exclude_unset=True) == body
+
+
+@pytest.mark.parametrize(
+    ("model", "body"),
+    [
+        (Completion, COMPLETION),
+        (ChatCompletion, CHAT),
+        (ChatCompletionChunk, CHAT_CHUNKS[2]),
+        (ScoreResponse, SCORE),
+        (ScoreLine, SCORE_EVENTS[1]),
+        (NeighborsResponse, NEIGHBORS),
+        (TokenizerInfo, TOKENIZER_INFO),
+        (ReadyBody, READY),
+    ],
+)
+def test_every_field_of_an_answer_is_declared(model: type[BaseModel], body: dict[str, Any]) -> None:
+    def undeclared(value: object) -> set[str]:
+        if isinstance(value, (list, tuple)):
+            return set().union(*map(undeclared, value))
+        if not isinstance(value, BaseModel):
+            return set()
+        fields = [getattr(value, name) for name in type(value).model_fields]
+        return set(value.model_extra or {}) | undeclared(fields)
+
+    assert undeclared(model.model_validate(body)) == set()
+
+
+def test_an_answers_message_is_the_next_requests_as_it_is(double: ContractDouble, client: Client) -> None:
+    answer = client.chat([{"role": "user", "content": "Wer zahlt?"}], model="m")
+    client.chat([answer.choices[0].message], model="m")
+    assert double.seen[1].body["messages"] == [{"role": "assistant", "content": "Der Käufer muß"}]
+
+
+def test_the_logprobs_of_a_chat_are_typed() -> None:
+    logprobs = ChatCompletion.model_validate(CHAT).choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    (token,) = logprobs.content
+    assert (token.logprob, bytes(token.bytes or []).decode()) == (-0.25, " muß")
+    assert [other.token for other in token.top_logprobs] == [" muß", " kann"]
+
+
+def test_overlap_is_typed() -> None:
+    answer = ScoreResponse.model_validate(SCORE)
+    for sums in (answer.total, *answer.results):
+        assert [bucket.longest_match for bucket in sums.overlap or ()] == [(2, 3), (32, None)]
+    assert [token.longest_match for token in answer.results[0].per_token or ()] == [3]
+    assert answer.results[0].document_id == "act-7"
+
+
+def test_the_loaded_datastores_are_a_sequence_that_knows_what_is_published(client: Client) -> None:
+    listed = client.datastores.list()
+    assert [store.name for store in listed] == ["law"]
+    assert (len(listed), listed[0], listed[-1:]) == (1, listed.loaded[0], listed.loaded)
+    assert listed.loaded[0] in listed
+    assert listed.published == ("medicine",)
+
+
+def test_a_ready_server_says_how_busy_it_is(double: ContractDouble, client: Client) -> None:
+    status = client.ready()
+    assert (status.running, status.waiting, status.scoring) == (3, 2, 1)
+    double.next_answer = JSONResponse(READY | {"replicas": 2})
+    assert client.ready().model_extra == {"replicas": 2}
+    double.error(503, "not_ready", "loading smollm2")
+    assert client.ready() == Readiness(ok=False, reason="loading smollm2")
+
+
+def test_a_ready_page_of_another_server_is_unexpected(double: ContractDouble, client: Client) -> None:
+    double.next_answer = JSONResponse({})
+    with pytest.raises(UnexpectedResponse, match="this is no ReadyBody"):
+        client.ready()
 
 
 def test_fields_of_a_newer_server_are_kept(double: ContractDouble, client: Client) -> None:
@@ -315,8 +345,8 @@ def test_a_path_before_the_api_is_kept(double: ContractDouble) -> None:
     assert [seen.path for seen in double.seen] == ["/team/v1/models"]
 
 
-READING = ["completions", "score", "models", "health", "ready", "datastores.list", "datastores.get"]
 CHANGING = ["datastores.load", "datastores.unload"]
+READING = sorted({name for name in OPERATIONS if " " not in name} - set(CHANGING))
 
 
 @pytest.mark.parametrize("name", READING + CHANGING)
@@ -344,8 +374,9 @@ def test_an_admin_key_alone_is_not_sent_with_other_requests(double: ContractDoub
     assert double.seen[0].authorization is None
 
 
-def test_a_stream_sends_the_api_key(double: ContractDouble) -> None:
-    with Client(double.url, api_key="k") as client, client.stream_completions("x", model="m") as stream:
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_stream_sends_the_api_key(name: str, double: ContractDouble) -> None:
+    with Client(double.url, api_key="k") as client, STREAMS[name][0](client) as stream:
         next(stream)
     assert double.seen[0].authorization == "Bearer k"
 

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from contract_double import COMPLETION, ContractDouble
+from contract_bodies import COMPLETION
+from contract_double import ContractDouble
 
 README = (Path(__file__).parents[2] / "clients" / "python" / "README.md").read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"^## ([^\n]+)\n\n```python\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE))
@@ -25,8 +26,14 @@ def test_the_example_runs(title: str, double: ContractDouble, capsys: pytest.Cap
     assert {
         "Complete": COMPLETION["choices"][0]["text"],
         "Stream": "Käufer muß",
-        "Score": "5 54.5 → 36.5",
-        "Change datastores while the server runs": "smollm2@law",
-        "In an event loop": "[' shall', ' shall']",
+        "Chat": "Der Käufer muß",
+        "Score": "5 54.5 → 36.5\n2–3 tokens in the datastore too: 4, 54.5\n32–… tokens in the datastore too: 1, 7.5\n",
+        "Score much, with progress": "4 of 9 tokens\n1 act-7 1.25\n7 of 9 tokens\n0 act-7 1.25\nall: 36.5\n",
+        "See what the datastore retrieves": "Act 7: The buyer[ shall] pay the price.\n' shall': p_knn=0.750 p_lm=0.500",
+        "Count tokens": "2 of 2048 ['The', ' shall']\n2\nThe shall <|endoftext|>\n",
+        "Change datastores while the server runs": "['law'] loaded, and could be: ('medicine',)\ncurrent 2 50000\n",
+        "In an event loop": "['The shall', 'The shall']",
         "Errors": "try again in 3.0 s",
+        "Watch the server": "3 2 1\n",
+        "Compatibility": "The shall\nDer Käufer muß\n",
     }[title] in capsys.readouterr().out

@@ -8,7 +8,10 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from contract_double import CHUNKS, DONE, ContractDouble, StreamScript, run_async, sse
+from contract_bodies import CHUNKS, DONE, SCORE_EVENTS, ndjson, sse
+from contract_double import ContractDouble, StreamScript, run_async
+from every_operation import STREAMS
+from fastapi.responses import Response
 
 from knnlm_client import (
     AsyncClient,
@@ -18,64 +21,89 @@ from knnlm_client import (
     EngineFailure,
     KnnlmClientError,
     ModelNotFound,
+    ScoreProgress,
+    ScoreResult,
+    ScoreResultEvent,
+    ScoreTotal,
+    ScoreTotalEvent,
     StreamInterrupted,
     UnexpectedResponse,
 )
+from knnlm_client.responses import ScoreLine
 
 
-def test_sync_and_async_stream_the_same(double: ContractDouble, client: Client) -> None:
-    async def read(client: AsyncClient) -> list[CompletionChunk]:
-        async with client.stream_completions("Der", model="smollm2", max_tokens=2) as stream:
-            return [chunk async for chunk in stream]
+@pytest.mark.parametrize("name", STREAMS)
+def test_sync_and_async_stream_the_same(name: str, double: ContractDouble, client: Client) -> None:
+    open_stream, path, body, event_type, bodies = STREAMS[name]
 
-    with client.stream_completions("Der", model="smollm2", max_tokens=2) as stream:
-        chunks = list(stream)
-    assert chunks == run_async(double, read) == [CompletionChunk.model_validate(chunk) for chunk in CHUNKS]
-    assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == " Käufer muß"
+    async def read(client: AsyncClient) -> list[object]:
+        async with open_stream(client) as stream:
+            return [event async for event in stream]
+
+    with open_stream(client) as stream:
+        events = list(stream)
+    expected = [event_type.model_validate(event) for event in bodies]
+    assert events == run_async(double, read) == [getattr(event, "root", event) for event in expected]
     assert double.seen[0] == double.seen[1]
-    assert double.seen[0].body == {"prompt": "Der", "model": "smollm2", "max_tokens": 2, "stream": True}
+    assert (double.seen[0].path, double.seen[0].body) == (path, body | {"stream": True})
+
+
+def test_the_pieces_of_a_stream_are_its_text(client: Client) -> None:
+    with client.stream_completions("Der", model="m") as chunks:
+        assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == " Käufer muß"
+    with client.stream_chat([{"role": "user", "content": "Wer?"}], model="m") as chunks:
+        pieces = [choice.delta.content for chunk in chunks for choice in chunk.choices]
+    assert pieces == ["", "Der Käufer", " muß", None]
 
 
 BROKEN = {"error": {"message": "step failed", "type": "server_error", "param": None, "code": "engine_failure"}}
 
 
-@pytest.mark.parametrize(
-    ("script", "status", "expected"),
-    [
-        (StreamScript(sse(CHUNKS[0])), 200, StreamInterrupted),
-        (StreamScript(sse(CHUNKS[0]), breaks_off=True), 200, ConnectionFailed),
-        (StreamScript(sse(CHUNKS[0], BROKEN, CHUNKS[1])), 200, EngineFailure),
-        (StreamScript([*sse(CHUNKS[0]), b"data: {}\n\n"]), 200, UnexpectedResponse),
-        (StreamScript([]), 404, ModelNotFound),
-    ],
-)
+# Of each stream: how bodies become pieces, and how an answer of this kind ends.
+WIRES = {"stream_completions": (sse, DONE), "stream_chat": (sse, DONE), "stream_score": (ndjson, b"")}
+
+
+def broken_streams() -> Iterator[tuple[str, StreamScript | None, type[KnnlmClientError]]]:
+    for name, (wire, _) in WIRES.items():
+        first, second, *_ = STREAMS[name][4]
+        yield name, StreamScript(wire(first)), StreamInterrupted
+        yield name, StreamScript(wire(first), breaks_off=True), ConnectionFailed
+        yield name, StreamScript([b"".join(wire(first, BROKEN, second))]), EngineFailure
+        yield name, StreamScript(wire(first, {})), UnexpectedResponse
+        yield name, StreamScript(wire(first, {"object": "score.other"})), UnexpectedResponse
+        yield name, None, ModelNotFound
+
+
+@pytest.mark.parametrize(("name", "script", "expected"), list(broken_streams()))
 def test_sync_and_async_streams_fail_alike(
-    script: StreamScript, status: int, expected: type[KnnlmClientError], double: ContractDouble, client: Client
+    name: str, script: StreamScript | None, expected: type[KnnlmClientError], double: ContractDouble, client: Client
 ) -> None:
-    received: dict[str, list[CompletionChunk]] = {"sync": [], "async": []}
+    open_stream = STREAMS[name][0]
+    received: dict[str, list[object]] = {"sync": [], "async": []}
 
     def read_all() -> None:
-        with client.stream_completions("x", model="m") as stream:
-            for chunk in stream:
-                received["sync"].append(chunk)
+        with open_stream(client) as stream:
+            for event in stream:
+                received["sync"].append(event)
 
     async def read_all_async(client: AsyncClient) -> None:
-        async with client.stream_completions("x", model="m") as stream:
-            async for chunk in stream:
-                received["async"].append(chunk)
+        async with open_stream(client) as stream:
+            async for event in stream:
+                received["async"].append(event)
 
     errors = []
     for read in (read_all, lambda: run_async(double, read_all_async)):
-        double.stream = script
-        if status != 200:
-            double.error(status, "model_not_found", "no such model")
+        if script is None:
+            double.error(404, "model_not_found", "no such model")
+        else:
+            double.stream = script
         with pytest.raises(KnnlmClientError) as caught:
             read()
         errors.append((type(caught.value), str(caught.value)))
     assert errors[0] == errors[1]
     assert errors[0][0] is expected
     assert received["sync"] == received["async"]
-    assert len(received["sync"]) == (1 if status == 200 else 0)
+    assert len(received["sync"]) == (0 if script is None else 1)
 
 
 def allow_one_at_a_time(double: ContractDouble) -> threading.Semaphore:
@@ -109,17 +137,84 @@ def test_chunks_arrive_one_by_one_in_an_event_loop(double: ContractDouble) -> No
     run_async(double, read, timeout=20)
 
 
-def test_a_stream_is_the_same_however_its_bytes_arrive(double: ContractDouble, client: Client) -> None:
-    body = b": keep-alive\r\n\r\n" + b"".join([*sse(*CHUNKS), DONE]).replace(b"\n", b"\r\n")
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_stream_is_the_same_however_its_bytes_arrive(
+    name: str, end: bytes, double: ContractDouble, client: Client
+) -> None:
+    open_stream, _, _, event_type, bodies = STREAMS[name]
+    wire, done = WIRES[name]
+    noise = b": keep-alive\n\n" if wire is sse else b"\n"
+    body = (noise + b"".join(wire(*bodies)) + done).replace(b"\n", end)
     double.stream = StreamScript([body[place : place + 1] for place in range(len(body))])
-    with client.stream_completions("x", model="m") as stream:
-        assert list(stream) == [CompletionChunk.model_validate(chunk) for chunk in CHUNKS]
+    with open_stream(client) as stream:
+        expected = [event_type.model_validate(event) for event in bodies]
+        assert list(stream) == [getattr(event, "root", event) for event in expected]
 
 
-def test_nothing_after_the_end_mark_is_yielded(double: ContractDouble, client: Client) -> None:
-    double.stream = StreamScript([*sse(CHUNKS[0]), DONE, *sse(CHUNKS[1])])
-    with client.stream_completions("x", model="m") as stream:
-        assert len(list(stream)) == 1
+@pytest.mark.parametrize("name", STREAMS)
+def test_nothing_after_the_end_is_yielded(name: str, double: ContractDouble, client: Client) -> None:
+    open_stream, _, _, _, bodies = STREAMS[name]
+    wire, done = WIRES[name]
+    double.stream = StreamScript([*wire(*bodies), done, *wire(bodies[0], BROKEN)])
+    with open_stream(client) as stream:
+        assert len(list(stream)) == len(bodies)
+
+
+@pytest.mark.parametrize("name", ["stream_completions", "stream_score"])
+def test_a_stream_of_another_kind_is_unexpected(name: str, double: ContractDouble, client: Client) -> None:
+    other = {"stream_completions": "application/x-ndjson", "stream_score": "text/event-stream"}[name]
+    double.next_answer = Response(b"", media_type=other)
+    with STREAMS[name][0](client) as stream, pytest.raises(UnexpectedResponse, match=f"got {other}"):
+        next(stream)
+
+
+# -- a streamed score ------------------------------------------------------------------------------------------------
+
+
+def test_the_events_of_a_score_are_told_apart_by_their_type(client: Client) -> None:
+    with client.stream_score(["one", "two"], model="m") as stream:
+        events = list(stream)
+    kinds = [ScoreProgress, ScoreResultEvent, ScoreProgress, ScoreResultEvent, ScoreTotalEvent]
+    assert [type(event) for event in events] == kinds
+    results = [event for event in events if isinstance(event, ScoreResult)]
+    assert [result.index for result in results] == [1, 0]
+    assert not any(isinstance(event, ScoreTotal) for event in events), "a text's score is no total"
+    last = events[-1]
+    assert isinstance(last, ScoreTotalEvent)
+    assert (last.total.tokens, last.system_fingerprint) == (5, "lm-4f1c law:v3:2.0")
+
+
+def test_a_streamed_result_has_what_a_whole_answers_has(client: Client) -> None:
+    with client.stream_score(["one"], model="m") as stream:
+        streamed = [event for event in stream if isinstance(event, ScoreResult)][-1]
+    [whole] = client.score(["one"], model="m").results
+    assert streamed.model_dump(exclude={"object"}) == whole.model_dump()
+
+
+@pytest.mark.parametrize("cut", [1, 40])
+def test_a_total_that_is_cut_off_is_no_total(cut: int, double: ContractDouble, client: Client) -> None:
+    double.stream = StreamScript([b"".join(ndjson(*SCORE_EVENTS))[:-cut]])
+    received = []
+    with (
+        client.stream_score(["one"], model="m") as stream,
+        pytest.raises(StreamInterrupted, match=r"the stream of /v1/score ended without score\.total"),
+    ):
+        received.extend(stream)
+    assert len(received) == len(SCORE_EVENTS) - 1
+
+
+def test_progress_arrives_line_by_line(double: ContractDouble, client: Client) -> None:
+    allowed = threading.Semaphore(0)
+    double.stream = StreamScript(ndjson(*SCORE_EVENTS), allowed=allowed)
+    with client.stream_score(["one", "two"], model="m") as stream:
+        for expected in SCORE_EVENTS:
+            allowed.release()  # the server sends this one only, so a client that waits for more would time out
+            assert next(stream) == ScoreLine.model_validate(expected).root
+        assert list(stream) == []
+
+
+# -- leaving ---------------------------------------------------------------------------------------------------------
 
 
 def test_leaving_a_stream_early_closes_the_connection(double: ContractDouble, client: Client) -> None:

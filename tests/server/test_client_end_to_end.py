@@ -464,7 +464,6 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], type[kc.APIError], int, str, str, st
         {"model": LAW, "knn": KnnOptions(speculate=True)},
         kc.UnsupportedFeature, 400, "unsupported_feature", "knn.speculate", "not offered",
     ),
-    ({"echo": True}, kc.UnsupportedFeature, 400, "unsupported_feature", "echo", "/v1/score"),
     ({"temperature": -1}, kc.InvalidParameter, 400, PARAMETER, "temperature", "got -1"),
     ({"top_p": 1.5}, kc.InvalidParameter, 400, PARAMETER, "top_p", "got 1.5"),
     ({"n": 9}, kc.InvalidParameter, 400, PARAMETER, "n", "got 9"),

@@ -10,7 +10,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from knnlm_client.errors import APIError, ErrorInfo, UnexpectedResponse, error_class
-from knnlm_client.responses import ServerStatus
+from knnlm_client.responses import Readiness, ReadyBody, ServerStatus
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -35,12 +35,20 @@ def parse_nothing(response: httpx.Response) -> None:
     check_status(response)
 
 
-def parse_server_status(response: httpx.Response) -> ServerStatus:
-    """Read the answer of `/health` or `/ready`, where 503 is an answer and not an error."""
+def parse_health(response: httpx.Response) -> ServerStatus:
+    """Read the answer of `/health`, where 503 is an answer and not an error."""
     if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
         return ServerStatus(ok=False, reason=error_from_response(response).message)
     check_status(response)
     return ServerStatus(ok=True)
+
+
+def parse_readiness(response: httpx.Response) -> Readiness:
+    """Read the answer of `/ready`, where 503 is an answer and not an error."""
+    if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+        return Readiness(ok=False, reason=error_from_response(response).message)
+    body = parse_body(response, ReadyBody)
+    return Readiness.model_validate({**body.model_dump(exclude={"status"}), "ok": True})
 
 
 def check_status(response: httpx.Response) -> None:

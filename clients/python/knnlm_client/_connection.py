@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 import httpx
 
-from knnlm_client._operations import PreparedRequest
+from knnlm_client._prepared import PreparedRequest
 from knnlm_client._version import __version__
 from knnlm_client.errors import ConnectionFailed, TimedOut
 

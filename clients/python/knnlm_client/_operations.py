@@ -2,69 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from collections.abc import Sequence
 from urllib.parse import quote
 
-import httpx
-
-from knnlm_client._answers import ModelT, parse_body, parse_nothing, parse_server_status
+from knnlm_client._answers import ModelT, parse_body, parse_health, parse_nothing, parse_readiness
+from knnlm_client._decoders import EventDecoder, ScoreDecoder
+from knnlm_client._prepared import Operation, PreparedRequest, StreamOperation
 from knnlm_client.requests import (
+    ChatOptions,
+    ChatRequest,
     CompletionOptions,
     CompletionRequest,
+    DetokenizeRequest,
     LoadRequest,
+    Messages,
+    NeighborsOptions,
+    NeighborsRequest,
     Prompt,
+    RequestPart,
     ScoreInput,
     ScoreOptions,
     ScoreRequest,
+    StreamChatOptions,
     StreamCompletionOptions,
+    TokenizeChatRequest,
+    TokenizeOptions,
+    TokenizeRequest,
 )
 from knnlm_client.responses import (
+    ChatCompletion,
+    ChatCompletionChunk,
     Completion,
     CompletionChunk,
     Datastore,
     DatastoreList,
+    DatastoreListBody,
+    Detokenization,
     ModelCard,
-    ModelList,
+    ModelListBody,
+    NeighborsResponse,
+    Readiness,
+    ScoreEvent,
     ScoreResponse,
     ServerStatus,
+    Tokenization,
+    TokenizerInfo,
 )
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedRequest:
-    """A request without its address and keys; `admin` says which key it needs."""
-
-    method: str
-    path: str
-    body: dict[str, Any] | None = None
-    admin: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Operation(Generic[T]):
-    """One request and the reading of its complete answer."""
-
-    request: PreparedRequest
-    parse: Callable[[httpx.Response], T]
-
-
-@dataclass(frozen=True, slots=True)
-class StreamOperation(Generic[ModelT]):
-    """One request and the type of the events of its answer."""
-
-    request: PreparedRequest
-    event_type: type[ModelT]
 
 
 def completions(prompt: Prompt, model: str, options: CompletionOptions) -> Operation[Completion]:
     """Complete prompts."""
     request = CompletionRequest.model_validate({"prompt": prompt, "model": model, **options})
-    prepared = PreparedRequest("POST", "/v1/completions", request.body())
-    return Operation(prepared, lambda response: parse_body(response, Completion))
+    return _post("/v1/completions", request, Completion)
 
 
 def stream_completions(
@@ -72,43 +61,90 @@ def stream_completions(
 ) -> StreamOperation[CompletionChunk]:
     """Complete prompts, piece by piece."""
     request = CompletionRequest.model_validate({"prompt": prompt, "model": model, **options})
-    prepared = PreparedRequest("POST", "/v1/completions", request.body() | {"stream": True})
-    return StreamOperation(prepared, CompletionChunk)
+    return _post_for_events("/v1/completions", request, CompletionChunk)
+
+
+def chat(messages: Messages, model: str, options: ChatOptions) -> Operation[ChatCompletion]:
+    """Continue a conversation."""
+    request = ChatRequest.model_validate({"messages": messages, "model": model, **options})
+    return _post("/v1/chat/completions", request, ChatCompletion)
+
+
+def stream_chat(messages: Messages, model: str, options: StreamChatOptions) -> StreamOperation[ChatCompletionChunk]:
+    """Continue a conversation, piece by piece."""
+    request = ChatRequest.model_validate({"messages": messages, "model": model, **options})
+    return _post_for_events("/v1/chat/completions", request, ChatCompletionChunk)
 
 
 def score(input: ScoreInput, model: str, options: ScoreOptions) -> Operation[ScoreResponse]:
     """Score texts."""
     request = ScoreRequest.model_validate({"input": input, "model": model, **options})
-    prepared = PreparedRequest("POST", "/v1/score", request.body())
-    return Operation(prepared, lambda response: parse_body(response, ScoreResponse))
+    return _post("/v1/score", request, ScoreResponse)
+
+
+def stream_score(input: ScoreInput, model: str, options: ScoreOptions) -> StreamOperation[ScoreEvent]:
+    """Score texts, with progress, each result as soon as it is known."""
+    request = ScoreRequest.model_validate({"input": input, "model": model, **options})
+    return StreamOperation(_prepare_stream("/v1/score", request), ScoreDecoder)
+
+
+def neighbors(input: Prompt, model: str, options: NeighborsOptions) -> Operation[NeighborsResponse]:
+    """Retrieve what followed contexts like these."""
+    request = NeighborsRequest.model_validate({"input": input, "model": model, **options})
+    return _post("/v1/neighbors", request, NeighborsResponse)
+
+
+def tokenize(input: str | Messages, options: TokenizeOptions) -> Operation[Tokenization]:
+    """Turn a text or a conversation into token ids."""
+    request: RequestPart
+    if isinstance(input, str):
+        request = TokenizeRequest.model_validate({"prompt": input, **options})
+    else:
+        request = TokenizeChatRequest.model_validate({"messages": input, **options})
+    return _post("/tokenize", request, Tokenization)
+
+
+def detokenize(tokens: Sequence[int], model: str | None) -> Operation[str]:
+    """Turn token ids into text."""
+    request = DetokenizeRequest.model_validate({"tokens": tokens, "model": model})
+    prepared = PreparedRequest("POST", "/detokenize", request.body())
+    return Operation(prepared, lambda response: parse_body(response, Detokenization).prompt)
+
+
+def tokenizer_info() -> Operation[TokenizerInfo]:
+    """Describe the tokenizer."""
+    return _get("/tokenizer_info", TokenizerInfo)
 
 
 def models() -> Operation[tuple[ModelCard, ...]]:
     """List models."""
     prepared = PreparedRequest("GET", "/v1/models")
-    return Operation(prepared, lambda response: tuple(parse_body(response, ModelList).data))
+    return Operation(prepared, lambda response: tuple(parse_body(response, ModelListBody).data))
 
 
 def health() -> Operation[ServerStatus]:
     """Ask whether the server is up."""
-    return Operation(PreparedRequest("GET", "/health"), parse_server_status)
+    return Operation(PreparedRequest("GET", "/health"), parse_health)
 
 
-def ready() -> Operation[ServerStatus]:
+def ready() -> Operation[Readiness]:
     """Ask whether the server can answer."""
-    return Operation(PreparedRequest("GET", "/ready"), parse_server_status)
+    return Operation(PreparedRequest("GET", "/ready"), parse_readiness)
 
 
-def list_datastores() -> Operation[tuple[Datastore, ...]]:
-    """List loaded datastores."""
+def list_datastores() -> Operation[DatastoreList]:
+    """List loaded datastores, and what else is published."""
     prepared = PreparedRequest("GET", "/v1/datastores")
-    return Operation(prepared, lambda response: tuple(parse_body(response, DatastoreList).data))
+
+    def listed(body: DatastoreListBody) -> DatastoreList:
+        return DatastoreList(loaded=tuple(body.data), published=tuple(body.published))
+
+    return Operation(prepared, lambda response: listed(parse_body(response, DatastoreListBody)))
 
 
 def get_datastore(name: str) -> Operation[Datastore]:
     """Describe one datastore."""
-    prepared = PreparedRequest("GET", _datastore_path(name))
-    return Operation(prepared, lambda response: parse_body(response, Datastore))
+    return _get(_datastore_path(name), Datastore)
 
 
 def load_datastore(name: str, version: str) -> Operation[Datastore]:
@@ -121,6 +157,22 @@ def load_datastore(name: str, version: str) -> Operation[Datastore]:
 def unload_datastore(name: str) -> Operation[None]:
     """Drain a datastore, then unload it."""
     return Operation(PreparedRequest("DELETE", _datastore_path(name), admin=True), parse_nothing)
+
+
+def _get(path: str, answer: type[ModelT]) -> Operation[ModelT]:
+    return Operation(PreparedRequest("GET", path), lambda response: parse_body(response, answer))
+
+
+def _post(path: str, request: RequestPart, answer: type[ModelT]) -> Operation[ModelT]:
+    return Operation(PreparedRequest("POST", path, request.body()), lambda response: parse_body(response, answer))
+
+
+def _post_for_events(path: str, request: RequestPart, event: type[ModelT]) -> StreamOperation[ModelT]:
+    return StreamOperation(_prepare_stream(path, request), lambda response: EventDecoder(response, event))
+
+
+def _prepare_stream(path: str, request: RequestPart) -> PreparedRequest:
+    return PreparedRequest("POST", path, request.body() | {"stream": True})
 
 
 def _datastore_path(name: str) -> str:

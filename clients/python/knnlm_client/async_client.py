@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from types import TracebackType
 from typing import Protocol, Self, TypeVar, Unpack
 
 import httpx
 
 from knnlm_client import _operations as operations
-from knnlm_client._answers import ModelT, check_status
+from knnlm_client._answers import check_status
 from knnlm_client._connection import Connection
-from knnlm_client._operations import Operation, StreamOperation
-from knnlm_client._streams import AsyncStream, EventDecoder
-from knnlm_client.requests import CompletionOptions, Prompt, ScoreInput, ScoreOptions, StreamCompletionOptions
-from knnlm_client.responses import Completion, CompletionChunk, Datastore, ModelCard, ScoreResponse, ServerStatus
+from knnlm_client._prepared import Operation, StreamOperation
+from knnlm_client._streams import AsyncStream
+from knnlm_client.requests import (
+    ChatOptions,
+    CompletionOptions,
+    Messages,
+    NeighborsOptions,
+    Prompt,
+    ScoreInput,
+    ScoreOptions,
+    StreamChatOptions,
+    StreamCompletionOptions,
+    TokenizeOptions,
+)
+from knnlm_client.responses import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    CompletionChunk,
+    Datastore,
+    DatastoreList,
+    ModelCard,
+    NeighborsResponse,
+    Readiness,
+    ScoreEvent,
+    ScoreResponse,
+    ServerStatus,
+    Tokenization,
+    TokenizerInfo,
+)
 
 T = TypeVar("T")
 
@@ -45,9 +71,41 @@ class AsyncClient:
         """As `Client.stream_completions`; not awaited itself, for `async with` and `async for`."""
         return AsyncStream(self._events(operations.stream_completions(prompt, model, options)))
 
+    async def chat(self, messages: Messages, *, model: str, **options: Unpack[ChatOptions]) -> ChatCompletion:
+        """As `Client.chat`."""
+        return await self._send(operations.chat(messages, model, options))
+
+    def stream_chat(
+        self, messages: Messages, *, model: str, **options: Unpack[StreamChatOptions]
+    ) -> AsyncStream[ChatCompletionChunk]:
+        """As `Client.stream_chat`; not awaited itself, for `async with` and `async for`."""
+        return AsyncStream(self._events(operations.stream_chat(messages, model, options)))
+
     async def score(self, input: ScoreInput, *, model: str, **options: Unpack[ScoreOptions]) -> ScoreResponse:
         """As `Client.score`."""
         return await self._send(operations.score(input, model, options))
+
+    def stream_score(
+        self, input: ScoreInput, *, model: str, **options: Unpack[ScoreOptions]
+    ) -> AsyncStream[ScoreEvent]:
+        """As `Client.stream_score`; not awaited itself, for `async with` and `async for`."""
+        return AsyncStream(self._events(operations.stream_score(input, model, options)))
+
+    async def neighbors(self, input: Prompt, *, model: str, **options: Unpack[NeighborsOptions]) -> NeighborsResponse:
+        """As `Client.neighbors`."""
+        return await self._send(operations.neighbors(input, model, options))
+
+    async def tokenize(self, input: str | Messages, **options: Unpack[TokenizeOptions]) -> Tokenization:
+        """As `Client.tokenize`."""
+        return await self._send(operations.tokenize(input, options))
+
+    async def detokenize(self, tokens: Sequence[int], *, model: str | None = None) -> str:
+        """As `Client.detokenize`."""
+        return await self._send(operations.detokenize(tokens, model))
+
+    async def tokenizer_info(self) -> TokenizerInfo:
+        """As `Client.tokenizer_info`."""
+        return await self._send(operations.tokenizer_info())
 
     async def models(self) -> tuple[ModelCard, ...]:
         """As `Client.models`."""
@@ -57,7 +115,7 @@ class AsyncClient:
         """As `Client.health`."""
         return await self._send(operations.health())
 
-    async def ready(self) -> ServerStatus:
+    async def ready(self) -> Readiness:
         """As `Client.ready`."""
         return await self._send(operations.ready())
 
@@ -79,14 +137,14 @@ class AsyncClient:
             response = await self._http.request(**self._connection.arguments(request))
         return operation.parse(response)
 
-    async def _events(self, operation: StreamOperation[ModelT]) -> AsyncGenerator[ModelT, None]:
+    async def _events(self, operation: StreamOperation[T]) -> AsyncGenerator[T, None]:
         request = operation.request
         with self._connection.mapped_errors(request):
             async with self._http.stream(**self._connection.arguments(request)) as response:
                 if not response.is_success:
                     await response.aread()  # the error's body
                 check_status(response)
-                decoder = EventDecoder(response, operation.event_type)
+                decoder = operation.decoder(response)
                 async for piece in response.aiter_bytes():
                     for event in decoder.feed(piece):
                         yield event
@@ -103,7 +161,7 @@ class AsyncDatastores:
     def __init__(self, send: _Send) -> None:
         self._send = send
 
-    async def list(self) -> tuple[Datastore, ...]:
+    async def list(self) -> DatastoreList:
         """As `Datastores.list`."""
         return await self._send(operations.list_datastores())
 

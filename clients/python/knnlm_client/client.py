@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from types import TracebackType
 from typing import Protocol, Self, TypeVar, Unpack
 
 import httpx
 
 from knnlm_client import _operations as operations
-from knnlm_client._answers import ModelT, check_status
+from knnlm_client._answers import check_status
 from knnlm_client._connection import Connection
-from knnlm_client._operations import Operation, StreamOperation
-from knnlm_client._streams import EventDecoder, Stream
-from knnlm_client.requests import CompletionOptions, Prompt, ScoreInput, ScoreOptions, StreamCompletionOptions
-from knnlm_client.responses import Completion, CompletionChunk, Datastore, ModelCard, ScoreResponse, ServerStatus
+from knnlm_client._prepared import Operation, StreamOperation
+from knnlm_client._streams import Stream
+from knnlm_client.requests import (
+    ChatOptions,
+    CompletionOptions,
+    Messages,
+    NeighborsOptions,
+    Prompt,
+    ScoreInput,
+    ScoreOptions,
+    StreamChatOptions,
+    StreamCompletionOptions,
+    TokenizeOptions,
+)
+from knnlm_client.responses import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    CompletionChunk,
+    Datastore,
+    DatastoreList,
+    ModelCard,
+    NeighborsResponse,
+    Readiness,
+    ScoreEvent,
+    ScoreResponse,
+    ServerStatus,
+    Tokenization,
+    TokenizerInfo,
+)
 
 T = TypeVar("T")
 
@@ -57,9 +83,42 @@ class Client:
         """As `completions`, one chunk at a time; use the result in a `with` block."""
         return Stream(self._events(operations.stream_completions(prompt, model, options)))
 
+    def chat(self, messages: Messages, *, model: str, **options: Unpack[ChatOptions]) -> ChatCompletion:
+        """Let the model speak next in a conversation; the keywords are the fields of `ChatRequest`."""
+        return self._send(operations.chat(messages, model, options))
+
+    def stream_chat(
+        self, messages: Messages, *, model: str, **options: Unpack[StreamChatOptions]
+    ) -> Stream[ChatCompletionChunk]:
+        """As `chat`, one chunk at a time; use the result in a `with` block."""
+        return Stream(self._events(operations.stream_chat(messages, model, options)))
+
     def score(self, input: ScoreInput, *, model: str, **options: Unpack[ScoreOptions]) -> ScoreResponse:
         """Measure how well base LM and mixture predict texts; the keywords are the fields of `ScoreRequest`."""
         return self._send(operations.score(input, model, options))
+
+    def stream_score(self, input: ScoreInput, *, model: str, **options: Unpack[ScoreOptions]) -> Stream[ScoreEvent]:
+        """As `score`, with progress, and each text's result as soon as it is known; use it in a `with` block."""
+        return Stream(self._events(operations.stream_score(input, model, options)))
+
+    def neighbors(self, input: Prompt, *, model: str, **options: Unpack[NeighborsOptions]) -> NeighborsResponse:
+        """Show what the datastore retrieves after a context; the keywords are the fields of `NeighborsRequest`."""
+        return self._send(operations.neighbors(input, model, options))
+
+    def tokenize(self, input: str | Messages, **options: Unpack[TokenizeOptions]) -> Tokenization:
+        """Turn a text, or a conversation under the chat template, into token ids.
+
+        The keywords are the fields of `TokenizeRequest` for a text and of `TokenizeChatRequest` for a conversation.
+        """
+        return self._send(operations.tokenize(input, options))
+
+    def detokenize(self, tokens: Sequence[int], *, model: str | None = None) -> str:
+        """Turn token ids into text."""
+        return self._send(operations.detokenize(tokens, model))
+
+    def tokenizer_info(self) -> TokenizerInfo:
+        """Describe the tokenizer: its special tokens, its size, its chat template."""
+        return self._send(operations.tokenizer_info())
 
     def models(self) -> tuple[ModelCard, ...]:
         """List the names that `model` may have: the base LM, and one for each loaded datastore."""
@@ -69,8 +128,8 @@ class Client:
         """Ask whether the server is up; false, with a reason, when its engine is not."""
         return self._send(operations.health())
 
-    def ready(self) -> ServerStatus:
-        """Ask whether the server can answer now; false, with a reason, while it starts or drains."""
+    def ready(self) -> Readiness:
+        """Ask whether the server can answer, and how busy it is; false, with a reason, while it starts or drains."""
         return self._send(operations.ready())
 
     def close(self) -> None:
@@ -91,7 +150,7 @@ class Client:
             response = self._http.request(**self._connection.arguments(request))
         return operation.parse(response)
 
-    def _events(self, operation: StreamOperation[ModelT]) -> Generator[ModelT, None, None]:
+    def _events(self, operation: StreamOperation[T]) -> Generator[T, None, None]:
         request = operation.request
         with (
             self._connection.mapped_errors(request),
@@ -100,7 +159,7 @@ class Client:
             if not response.is_success:
                 response.read()  # the error's body
             check_status(response)
-            decoder = EventDecoder(response, operation.event_type)
+            decoder = operation.decoder(response)
             for piece in response.iter_bytes():
                 yield from decoder.feed(piece)
             decoder.finish()
@@ -116,8 +175,8 @@ class Datastores:
     def __init__(self, send: _Send) -> None:
         self._send = send
 
-    def list(self) -> tuple[Datastore, ...]:
-        """List the loaded datastores."""
+    def list(self) -> DatastoreList:
+        """List the loaded datastores; `published` of the result names what could be loaded besides."""
         return self._send(operations.list_datastores())
 
     def get(self, name: str) -> Datastore:

@@ -11,7 +11,6 @@
         │   └── DatastoreNotFound      … also a DatastoreError
         ├── Conflict                   409
         │   └── DatastoreBusy          … also a DatastoreError
-        ├── RateLimited                429, this key's own limit
         ├── InternalError              500
         ├── InvalidRequest
         │   ├── InvalidParameter
@@ -32,6 +31,7 @@
         └── ServiceError
             ├── NotReady
             ├── Overloaded
+            ├── RateLimited            429, this key's own limit
             ├── ShuttingDown
             ├── RequestCancelled
             └── EngineFailure
@@ -112,10 +112,6 @@ class NotFound(APIError):
 
 class Conflict(APIError):
     """The request does not fit the present state."""
-
-
-class RateLimited(APIError):
-    """This key's own limit is reached."""
 
 
 class InternalError(APIError):
@@ -210,6 +206,10 @@ class Overloaded(ServiceError):
     """The queue is full; `retry_after_s` says when to try again."""
 
 
+class RateLimited(ServiceError):
+    """This key has as many requests under way as it may; `retry_after_s` says when to try again."""
+
+
 class ShuttingDown(ServiceError):
     """The server is draining and takes no new request."""
 
@@ -246,6 +246,7 @@ CLASS_BY_CODE: dict[str, type[APIError]] = {
     "service_error": ServiceError,
     "not_ready": NotReady,
     "overloaded": Overloaded,
+    "rate_limited": RateLimited,
     "shutting_down": ShuttingDown,
     "request_cancelled": RequestCancelled,
     "engine_failure": EngineFailure,

@@ -1,8 +1,4 @@
-"""What a caller may ask for: the bodies of requests, checked for names and types before they are sent.
-
-Limits are the server's business, since they depend on its settings; here a field only has to be known and of the
-right type. `None` everywhere means: leave it to the server. Such a field is not sent.
-"""
+"""What the bodies of several routes have in common."""
 
 from __future__ import annotations
 
@@ -12,15 +8,16 @@ from typing import Annotated, Any, TypeAlias, TypedDict
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 Prompt: TypeAlias = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
-ScoreInput: TypeAlias = Sequence[str] | Sequence[Sequence[int]]
 
 # Without `fail_fast` a long list of token ids collects one error per id before the next member of a union is tried.
-_Texts: TypeAlias = Annotated[list[str], Field(fail_fast=True)]
-_TokenIds: TypeAlias = Annotated[list[int], Field(fail_fast=True)]
-_TokenIdLists: TypeAlias = Annotated[list[_TokenIds], Field(fail_fast=True)]
+Texts: TypeAlias = Annotated[list[str], Field(fail_fast=True)]
+TokenIds: TypeAlias = Annotated[list[int], Field(fail_fast=True)]
+TokenIdLists: TypeAlias = Annotated[list[TokenIds], Field(fail_fast=True)]
 
 
-class _RequestPart(BaseModel):
+class RequestPart(BaseModel):
+    """A body, or an object inside one, that knows what may be sent."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def body(self) -> dict[str, Any]:
@@ -28,14 +25,14 @@ class _RequestPart(BaseModel):
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
 
 
-class WeightedDatastore(_RequestPart):
+class WeightedDatastore(RequestPart):
     """One datastore of several that a request mixes, with its share."""
 
     name: str
     weight: float
 
 
-class KnnOptions(_RequestPart):
+class KnnOptions(RequestPart):
     """Retrieval for one request; every field left out takes the datastore's calibrated value.
 
     Attributes:
@@ -46,7 +43,7 @@ class KnnOptions(_RequestPart):
         gate: which gate decides when to search.
         gate_threshold: the gate's threshold, in the gate's own units.
         speculate: draft tokens from a neighbour's continuation.
-        trace: ask for one `TraceEntry` per token.
+        trace: ask for one `TraceEntry` per generated token.
     """
 
     datastore: str | list[WeightedDatastore] | None = None
@@ -61,15 +58,20 @@ class KnnOptions(_RequestPart):
     trace: bool | None = None
 
 
-class StreamOptions(_RequestPart):
-    """What a stream carries beside text."""
+class StreamOptions(RequestPart):
+    """What a stream carries beside text.
+
+    Attributes:
+        include_usage: end with a chunk that has the usage and no choices.
+        continuous_usage_stats: give the usage so far in every chunk.
+    """
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
-class CompletionOptions(TypedDict, total=False):
-    """Keywords of `completions`, beside prompt and model; `CompletionRequest` explains them."""
+class GenerationOptions(TypedDict, total=False):
+    """Keywords that `completions` and `chat` share; `GenerationRequest` explains them."""
 
     max_tokens: int | None
     min_tokens: int | None
@@ -82,8 +84,6 @@ class CompletionOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int] | None
     include_stop_str_in_output: bool | None
     seed: int | None
-    logprobs: int | None
-    echo: bool | None
     presence_penalty: float | None
     frequency_penalty: float | None
     repetition_penalty: float | None
@@ -94,26 +94,17 @@ class CompletionOptions(TypedDict, total=False):
     knn: KnnOptions | None
 
 
-class StreamCompletionOptions(CompletionOptions, total=False):
-    """Keywords of `stream_completions`."""
-
-    stream_options: StreamOptions | None
-
-
-class CompletionRequest(_RequestPart):
-    """The body of `POST /v1/completions`.
+class GenerationRequest(RequestPart):
+    """What every request for generated text may say.
 
     Attributes:
-        prompt: a text, several texts, the token ids of one prompt, or those of several.
         model: `<lm>` or `<lm>@<datastore>`.
         n: completions per prompt; choice `i * n + j` is the j-th of prompt i.
-        logprobs: how many alternatives to report per token, of the mixed distribution.
-        echo: put the prompt before the completion; with `max_tokens=0` the prompt alone is scored.
         logit_bias: token id → addend to its logit.
         knn: retrieval; must agree with the datastore that `model` names, if it names one.
+        stream_options: for streams only.
     """
 
-    prompt: str | _Texts | _TokenIds | _TokenIdLists
     model: str
     max_tokens: int | None = None
     min_tokens: int | None = None
@@ -126,8 +117,6 @@ class CompletionRequest(_RequestPart):
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     seed: int | None = None
-    logprobs: int | None = None
-    echo: bool | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
@@ -137,39 +126,3 @@ class CompletionRequest(_RequestPart):
     user: str | None = None
     knn: KnnOptions | None = None
     stream_options: StreamOptions | None = None
-
-
-class ScoreOptions(TypedDict, total=False):
-    """Keywords of `score`, beside input and model; `ScoreRequest` explains them."""
-
-    knn: KnnOptions | None
-    per_token: bool | None
-    exclude_documents: Sequence[str] | None
-    window: int | None
-    stride: int | None
-
-
-class ScoreRequest(_RequestPart):
-    """The body of `POST /v1/score`.
-
-    Attributes:
-        input: texts, or lists of token ids.
-        per_token: also return one `ScoredToken` per scored token.
-        exclude_documents: ids of documents that must not be retrieved, such as the text itself.
-        window: tokens that the LM sees at once.
-        stride: newly scored tokens per window.
-    """
-
-    input: _Texts | _TokenIdLists
-    model: str
-    knn: KnnOptions | None = None
-    per_token: bool | None = None
-    exclude_documents: list[str] | None = None
-    window: int | None = None
-    stride: int | None = None
-
-
-class LoadRequest(_RequestPart):
-    """The body of `PUT /v1/datastores/{name}`: a published version, or `current` for the one that the store names."""
-
-    version: str
