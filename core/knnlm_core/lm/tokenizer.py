@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from knnlm_core.errors import InvalidParameter, UnsupportedModel
+from knnlm_core.errors import InvalidParameter, UnsupportedFeature, UnsupportedModel
+from knnlm_core.lm.checkpoint import first_line
 from knnlm_core.lm.fingerprint import tokenizer_fingerprint
+from knnlm_core.lm.token_bytes import TokenBytes
+
+_MAX_TEMPLATE_MESSAGE = 300  # characters
+# What rendering itself calls by these names, besides the parameters of `apply_chat_template`.
+_RENDERER_NAMES = {"self", "messages", "conversations"}
 
 
 class Encoding(NamedTuple):
@@ -17,6 +24,15 @@ class Encoding(NamedTuple):
 
     token_ids: NDArray[np.int32]  # (T,)
     char_spans: NDArray[np.int32]  # (T, 2) start and end of each token in the text, in characters
+
+
+class SpecialTokens(NamedTuple):
+    """Tokens with a meaning of their own, None where the tokenizer has none."""
+
+    bos: str | None
+    eos: str | None
+    pad: str | None
+    unk: str | None
 
 
 class Tokenizer:
@@ -34,6 +50,10 @@ class Tokenizer:
         tokenizer.model_max_length = int(1e30)  # we cut long texts ourselves
         self._tokenizer = tokenizer
         self.fingerprint = tokenizer_fingerprint(tokenizer)
+        self._to_bytes = TokenBytes(tokenizer)
+        # Per token id, so the vocabulary bounds them: alternatives of thousands of tokens are the same few.
+        self._texts: dict[int, str] = {}
+        self._bytes: dict[int, bytes] = {}
         self.bos_token_ids = self._prefix()
         eos = tokenizer.eos_token_id
         self.eos_token_ids = tuple(sorted({*eos_token_ids, *(() if eos is None else (eos,))}))
@@ -74,7 +94,21 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """Text of one token on its own."""
-        return self.decode([token_id])
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self.decode([token_id])
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Exact bytes of one token, also where it holds part of a character only; see `token_bytes.py`."""
+        data = self._bytes.get(token_id)
+        if data is None:
+            data = self._bytes[token_id] = self._to_bytes(token_id)
+        return data
+
+    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """What the vocabulary calls tokens, such as ``Ġthe``; empty for ids that it does not have."""
+        return [string or "" for string in self._tokenizer.convert_ids_to_tokens(list(token_ids))]
 
     def check_ids(self, token_ids: Sequence[int], vocab_size: int, *, param: str) -> None:
         """Refuse ids outside the model's vocabulary."""
@@ -83,3 +117,62 @@ class Tokenizer:
                 raise InvalidParameter(
                     f"`{param}` holds token id {token_id}; ids must be in 0 … {vocab_size - 1}", param=param
                 )
+
+    @property
+    def class_name(self) -> str:
+        """Name of the Hugging Face class."""
+        return type(self._tokenizer).__name__
+
+    @property
+    def special_tokens(self) -> SpecialTokens:
+        """Tokens with a meaning of their own, as text."""
+        return SpecialTokens(*(getattr(self._tokenizer, f"{name}_token") for name in SpecialTokens._fields))
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template (Jinja) that turns messages into a prompt; of several the one called default."""
+        template: str | dict[str, str] | None = self._tokenizer.chat_template
+        return template.get("default") if isinstance(template, dict) else template
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt that the model's chat template makes of messages.
+
+        It holds its special tokens already: encode it without BOS. Templates run in a sandbox.
+
+        Args:
+            add_generation_prompt: end with what begins the model's turn.
+            continue_final_message: end inside the last message instead; not both.
+            variables: more values for the template.
+        Raises:
+            UnsupportedFeature: the model has no chat template.
+            InvalidParameter: the template does not take these messages, or a variable has a reserved name.
+        """
+        if self.chat_template is None:
+            raise UnsupportedFeature("the model has no chat template, so it takes prompts only", param="messages")
+        variables = dict(variables or {})
+        reserved = _RENDERER_NAMES | inspect.signature(self._tokenizer.apply_chat_template).parameters.keys()
+        if taken := sorted(reserved & variables.keys()):
+            raise InvalidParameter(
+                f"`chat_template_kwargs` must not hold {taken[0]!r}, which is set otherwise or not offered",
+                param="chat_template_kwargs",
+            )
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **variables,
+            )
+            text.encode()  # escapes in a template can make half a surrogate pair
+        except Exception as error:  # a template is a program of the model's author and may raise anything
+            message = first_line(error)[:_MAX_TEMPLATE_MESSAGE]
+            raise InvalidParameter(f"the chat template refuses `messages`: {message}", param="messages") from error
+        return text
