@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-WITH_DATA = ("reference_protocol", "strided_protocol")
+WITH_DATA = ("reference_protocol", "strided_protocol", "lm_eval_agreement")
 WITHOUT_DATA = ("encode_overhead", "streams")  # streams last: it uses the store that strided_protocol leaves
 
 

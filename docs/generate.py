@@ -16,7 +16,7 @@ from knnlm_core import errors
 from knnlm_server.api.errors import status_of
 
 DOCS = Path(__file__).parent
-COMMANDS = (None, "build", "serve", "model", "demo")
+COMMANDS = (None, "build", "serve", "score", "model", "demo")
 BUILD_ERRORS = (errors.CorpusError, errors.BuildError)
 
 

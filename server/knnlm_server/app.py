@@ -17,9 +17,10 @@ from fastapi import FastAPI
 from knnlm_core import __version__
 from knnlm_core.errors import DatastoreError, InvalidParameter, KnnlmError
 from knnlm_core.lm.loading import LoadOptions, load_lm, model_name
-from knnlm_server.api import completions, datastores, health, models, score
+from knnlm_server.api import chat, completions, datastores, health, metrics, models, neighbors, score, tokenizer
 from knnlm_server.api.errors import install_error_handlers
-from knnlm_server.api.middleware import BodyLimit, RequestLog
+from knnlm_server.api.middleware import BodyLimit, KeyLimit, RequestLog
+from knnlm_server.api.openapi import DocumentedApp
 from knnlm_server.api.selection import SEPARATOR
 from knnlm_server.api.state import Backend, Service
 from knnlm_server.engine.engine import Engine, EngineConfig
@@ -48,13 +49,15 @@ def create_app(settings: ServerSettings, on_failure: Callable[[], None] = lambda
         if state.backend is not None:
             await asyncio.to_thread(_stop, state.backend, settings.drain_timeout_s)
 
-    app = FastAPI(title="knnlm", version=__version__, lifespan=lifespan)
+    # A path with a slash too many is unknown, not redirected: behind a proxy the redirect's address would be wrong.
+    app = DocumentedApp(settings, title="knnlm", version=__version__, lifespan=lifespan, redirect_slashes=False)
     app.state.service = state
-    for module in (completions, score, datastores, models, health):
+    for module in (completions, chat, score, neighbors, tokenizer, datastores, models, metrics, health):
         app.include_router(module.router)
     install_error_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(KeyLimit, settings=settings)
     app.add_middleware(RequestLog)
     return app
 

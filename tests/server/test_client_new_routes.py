@@ -404,12 +404,12 @@ def test_leaving_a_streamed_score_early_ends_the_job(caller: StreamingCaller, li
 def test_an_error_inside_a_streamed_score_is_the_clients_own(caller: StreamingCaller, live_server: LiveServer) -> None:
     passes = itertools.count(1)
 
-    def fail_at_the_third() -> None:
-        if next(passes) == 3:
+    def fail_at_the_second() -> None:
+        if next(passes) == 2:
             raise RuntimeError("an inside that nobody may see")
 
-    with before_each_scoring_pass(live_server.lm, fail_at_the_third), pytest.raises(kc.EngineFailure) as caught:
-        caller.events(lambda client: client.stream_score(TEXTS * 4, model=LM, window=16, stride=4))
+    with before_each_scoring_pass(live_server.lm, fail_at_the_second), pytest.raises(kc.EngineFailure) as caught:
+        caller.events(lambda client: client.stream_score(TEXTS * 100, model=LM, window=16, stride=4))
     assert "inside" not in str(caught.value)
 
 

@@ -48,7 +48,9 @@ def test_answer_has_the_openai_shape(live_server: LiveServer, lm: HuggingFaceLM)
         "prompt_tokens": prompt_tokens,
         "completion_tokens": 5,
         "total_tokens": prompt_tokens + 5,
+        "prompt_tokens_details": answer["usage"]["prompt_tokens_details"],
     }
+    assert answer["usage"]["prompt_tokens_details"].keys() == {"cached_tokens"}
 
 
 def test_a_completion_has_16_tokens_by_default(live_server: LiveServer) -> None:

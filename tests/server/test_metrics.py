@@ -29,10 +29,11 @@ def test_counters_count_tokens_searches_and_requests(live_server: LiveServer) ->
     before = read(live_server)
     live_server.complete(["The tenant", "The landlord"], model=LAW, max_tokens=5, ignore_eos=True, n=2)
     live_server.complete("The tenant", model=LAW, max_tokens=3, ignore_eos=True, knn={"gate": "never"})
-    live_server.score(["The tenant pays the rent."], model=LAW)
+    scored = live_server.score(["The tenant pays the rent."], model=LAW)["total"]["searched"]
+    assert scored > 3
     after = read(live_server)
     assert moved(before, after, "knnlm_generation_tokens_total") == 23
-    assert moved(before, after, "knnlm_retrievals_total{decision=searched}") == 20
+    assert moved(before, after, "knnlm_retrievals_total{decision=searched}") == 20 + scored
     assert moved(before, after, "knnlm_retrievals_total{decision=skipped}") == 3
     assert moved(before, after, "knnlm_requests_total{kind=completion}{outcome=finished}") == 3
     assert moved(before, after, "knnlm_requests_total{kind=score}{outcome=finished}") == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,17 @@ def check_ranges(exclude: Sequence[EntryRange], entries: int) -> None:
             raise InvalidParameter(
                 f"`exclude` must hold ranges within 0 … {entries}, got [{first}, {stop})", param="exclude"
             )
+
+
+def merge_ranges(ranges: Iterable[EntryRange]) -> tuple[EntryRange, ...]:
+    """The same entries in as few ranges as can be, in order; empty ranges are left out."""
+    merged: list[EntryRange] = []
+    for first, stop in sorted(ranges):
+        if merged and first <= merged[-1].stop:
+            merged[-1] = EntryRange(merged[-1].first, max(stop, merged[-1].stop))
+        elif first < stop:
+            merged.append(EntryRange(first, stop))
+    return tuple(merged)
 
 
 def allowed_bitmap(exclude: Sequence[EntryRange], first_entry: int, entries: int) -> npt.NDArray[np.uint8] | None:

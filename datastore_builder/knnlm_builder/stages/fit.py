@@ -22,6 +22,7 @@ LMBDAS = tuple(i / 100 for i in range(1, 100))
 # τ is searched around the median distance of the nearest neighbour, which scales with the model.
 TAU_STEPS_PER_OCTAVE = 2
 TAU_FACTORS = tuple(2.0 ** (i / TAU_STEPS_PER_OCTAVE) for i in range(-14, 7))  # 1/128 … 8
+_DRAWS_AT_ONCE = 1 << 22  # of the bootstrap
 
 
 class Evidence(NamedTuple):
@@ -118,7 +119,11 @@ def bootstrap_gain(
     numbers, index = np.unique(blocks.numpy(), return_inverse=True)
     sums = np.bincount(index, weights=difference, minlength=len(numbers))
     counts = np.bincount(index, minlength=len(numbers))
-    draws = np.random.default_rng(seed).integers(0, len(numbers), size=(resamples, len(numbers)))
-    gains = 1 - np.exp(-sums[draws].sum(axis=1) / counts[draws].sum(axis=1))
+    generator = np.random.default_rng(seed)
+    gains = np.empty(resamples)
+    step = max(1, _DRAWS_AT_ONCE // len(numbers))  # a long text has many blocks
+    for start in range(0, resamples, step):
+        draws = generator.integers(0, len(numbers), size=(min(step, resamples - start), len(numbers)))
+        gains[start : start + step] = 1 - np.exp(-sums[draws].sum(axis=1) / counts[draws].sum(axis=1))
     low, high = np.quantile(gains, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(1 - np.exp(-difference.mean())), float(low), float(high))

@@ -11,13 +11,14 @@ from fastapi.responses import Response
 from knnlm_core.errors import InvalidParameter
 from knnlm_server.api.completion_rendering import CompletionRenderer, Echo, echo_of_ids, echo_of_text
 from knnlm_server.api.generation import GenerationJob, GenerationPlan, check_length, check_params, respond
+from knnlm_server.api.json_route import JsonRoute
 from knnlm_server.api.schemas.common import TokenIds
-from knnlm_server.api.schemas.completions import MAX_PROMPTS, CompletionBody
+from knnlm_server.api.schemas.completions import MAX_PROMPTS, RESPONSES, CompletionBody
 from knnlm_server.api.security import KeyRequired
 from knnlm_server.api.selection import select
 from knnlm_server.api.state import Backend, service
 
-router = APIRouter(dependencies=[KeyRequired])
+router = APIRouter(route_class=JsonRoute, dependencies=[KeyRequired])
 
 
 class _Prompt(NamedTuple):
@@ -25,7 +26,7 @@ class _Prompt(NamedTuple):
     echo: Echo | None
 
 
-@router.post("/v1/completions", summary="Complete prompts", response_model=None)
+@router.post("/v1/completions", summary="Complete prompts", response_model=None, responses=RESPONSES)
 async def create_completion(body: CompletionBody, request: Request) -> Response:
     """Complete each prompt ``n`` times with the LM, mixed with a datastore where one is named."""
     state = service(request)

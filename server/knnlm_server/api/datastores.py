@@ -9,15 +9,24 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from knnlm_core.datastore.calibration import Calibration
-from knnlm_server.api.schemas.datastores import LoadBody
+from knnlm_server.api.json_route import JsonRoute
+from knnlm_server.api.schemas.datastores import DatastoreCard, DatastoreList, LoadBody, Name, Unloaded
+from knnlm_server.api.schemas.errors import ErrorBody
 from knnlm_server.api.security import AdminRequired, KeyRequired
 from knnlm_server.api.state import backend, service
 from knnlm_server.registry.registry import DatastoreStatus
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
-@router.get("/v1/datastores", dependencies=[KeyRequired], summary="List loaded datastores", response_model=None)
+@router.get(
+    "/v1/datastores",
+    dependencies=[KeyRequired],
+    summary="List loaded datastores",
+    response_model=None,
+    # The folder of all datastores may have gone.
+    responses={200: {"model": DatastoreList}, 404: {"model": ErrorBody}},
+)
 async def list_datastores(request: Request) -> dict[str, Any]:
     """Loaded datastores, and the names that are published but not loaded."""
     registry = backend(request).registry
@@ -30,14 +39,29 @@ async def list_datastores(request: Request) -> dict[str, Any]:
     }
 
 
-@router.get("/v1/datastores/{name}", dependencies=[KeyRequired], summary="Describe a datastore", response_model=None)
-async def get_datastore(name: str, request: Request) -> dict[str, Any]:
+@router.get(
+    "/v1/datastores/{name}",
+    dependencies=[KeyRequired],
+    summary="Describe a datastore",
+    response_model=None,
+    responses={200: {"model": DatastoreCard}},
+)
+async def get_datastore(name: Name, request: Request) -> dict[str, Any]:
     """One loaded datastore."""
     return _render(backend(request).registry.status(name))
 
 
-@router.put("/v1/datastores/{name}", dependencies=[AdminRequired], summary="Load or swap", response_model=None)
-async def load_datastore(name: str, request: Request, body: LoadBody | None = None) -> Response:
+@router.put(
+    "/v1/datastores/{name}",
+    dependencies=[AdminRequired],
+    summary="Load or swap",
+    response_model=None,
+    responses={
+        200: {"model": DatastoreCard, "description": "Swapped"},
+        201: {"model": DatastoreCard, "description": "Loaded"},
+    },
+)
+async def load_datastore(name: Name, request: Request, body: LoadBody | None = None) -> Response:
     """Load a published version, or swap the name to it; requests under way keep the version that they began with.
 
     Answers 201 when the name was not loaded before, else 200. A load that fails leaves the old version serving.
@@ -49,8 +73,14 @@ async def load_datastore(name: str, request: Request, body: LoadBody | None = No
     return JSONResponse(_render(loaded.status), status_code=201 if loaded.created else 200)
 
 
-@router.delete("/v1/datastores/{name}", dependencies=[AdminRequired], summary="Drain and unload", response_model=None)
-async def unload_datastore(name: str, request: Request) -> dict[str, Any]:
+@router.delete(
+    "/v1/datastores/{name}",
+    dependencies=[AdminRequired],
+    summary="Drain and unload",
+    response_model=None,
+    responses={200: {"model": Unloaded}},
+)
+async def unload_datastore(name: Name, request: Request) -> dict[str, Any]:
     """Take no new request for the name, wait for those under way, unload."""
     timeout_s = service(request).settings.drain_timeout_s
     await asyncio.to_thread(backend(request).registry.unload, name, timeout_s)

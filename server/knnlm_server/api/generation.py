@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from knnlm_server.api.disconnect import until_disconnect
 from knnlm_server.api.errors import error_event
 from knnlm_server.api.schemas.generation import GenerationBody
 from knnlm_server.api.selection import Selection
+from knnlm_server.api.shared_lease import SharedLease
 from knnlm_server.api.sse import DONE, sse, sse_response
 from knnlm_server.api.state import Backend
 from knnlm_server.engine.detokenizer import IncrementalDetokenizer
@@ -77,8 +79,7 @@ class GenerationJob:
         self._requests = [self._request(index, prompt_ids) for index, prompt_ids in enumerate(plan.prompts)]
         self._finished: list[Finished] = []
         self._completion_tokens = 0
-        # Touched on the event loop only.
-        self._holders = 1
+        self._lease = SharedLease(selection)
         self._is_open = True
         self._submit()
 
@@ -93,7 +94,7 @@ class GenerationJob:
             choices=[_choice(self.backend, params, prompt_ids, stops, i) for i in range(params.n)],
             seed=params.seed if params.seed is not None else secrets.randbits(63),
             emit=lambda event: self._call(self._events.put_nowait, JobEvent(index, event)),
-            on_end=lambda: self._call(self._one_ended),
+            on_end=self._ended,
             trace_neighbors=TRACE_NEIGHBORS if self.plan.with_trace else 0,
             prompt_logprobs=self.plan.prompt_logprobs,
         )
@@ -103,23 +104,21 @@ class GenerationJob:
         try:
             for request in self._requests:
                 self.backend.engine.submit(request)
-                self._holders += 1
+                self._lease.hold()
         except BaseException:
             self.close()
             raise
 
     def _call(self, function: Callable[..., None], *args: Any) -> None:
         """From the engine's thread to the event loop, which may be gone at shutdown."""
-        try:
+        with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(function, *args)
-        except RuntimeError:
-            if function == self._one_ended:
-                self._one_ended()
 
-    def _one_ended(self) -> None:
-        self._holders -= 1
-        if not self._holders:
-            self.selection.release()
+    def _ended(self) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._lease.drop)
+        except RuntimeError:
+            self._lease.drop()
 
     def close(self) -> None:
         """End what still runs and give the lease back; closing again does nothing."""
@@ -127,7 +126,11 @@ class GenerationJob:
             self._is_open = False
             for request in self._requests:
                 self.backend.engine.abort(request)
-            self._one_ended()
+            self._lease.drop()
+
+    async def in_thread(self, render: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Render on a thread: many tokens with many alternatives take a while, and streams must not wait for them."""
+        return await self._lease.in_thread(render)
 
     async def events(self) -> AsyncIterator[JobEvent]:
         """Events of all prompts, until each has finished. Raises what made one fail."""
@@ -194,8 +197,7 @@ async def respond(request: Request, body: GenerationBody, job: GenerationJob, re
         return sse_response(_stream(body, job, renderer), on_close=job.close)
     try:
         await until_disconnect(request, _collect(job, renderer))
-        # Many tokens with many alternatives take a while: streams must not wait for them.
-        return JSONResponse(await asyncio.to_thread(renderer.whole))
+        return JSONResponse(await job.in_thread(renderer.whole))
     finally:
         job.close()
 
@@ -246,12 +248,19 @@ def check_params(backend: Backend, params: SamplingParams) -> None:
         )
 
 
-def check_length(prompt_ids: Sequence[int], params: SamplingParams, max_length: int) -> None:
+def check_length(
+    prompt_ids: Sequence[int],
+    params: SamplingParams,
+    max_length: int,
+    *,
+    prompt_field: str = "prompt",
+    length_field: str = "max_tokens",
+) -> None:
     """Raises PromptTooLong: prompt and completion cannot fit the context together."""
     total = len(prompt_ids) + params.max_tokens
     if total > max_length:
         raise PromptTooLong(
-            f"prompt and `max_tokens` must be at most {max_length} tokens together, "
+            f"prompt and `{length_field}` must be at most {max_length} tokens together, "
             f"got {len(prompt_ids)} + {params.max_tokens} = {total}",
-            param="prompt" if len(prompt_ids) >= max_length else "max_tokens",
+            param=prompt_field if len(prompt_ids) >= max_length else length_field,
         )

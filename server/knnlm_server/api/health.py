@@ -8,28 +8,36 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from knnlm_core import __version__
-from knnlm_core.errors import EngineFailure, ServiceError
+from knnlm_core.errors import NotReady, ServiceError
 from knnlm_server.api.errors import error_response
+from knnlm_server.api.schemas.errors import ErrorBody
+from knnlm_server.api.schemas.health import Alive, Ready, Version
 from knnlm_server.api.state import service
 
 router = APIRouter()
 
 
-@router.get("/health", summary="Liveness", response_model=None)
+@router.get(
+    "/health",
+    summary="Liveness",
+    response_model=None,
+    responses={200: {"model": Alive}, 503: {"model": ErrorBody}},
+)
 async def health(request: Request) -> Response:
     """200 while the process can work at all; 503 once the engine's thread has died or the start has failed."""
     state = service(request)
     dead = state.backend is not None and not state.backend.engine.is_alive
     if dead or state.failure is not None:
-        reason = state.failure or "the engine's thread has died"
-        body = {
-            "error": {"message": reason, "type": "service_unavailable_error", "param": None, "code": EngineFailure.code}
-        }
-        return JSONResponse(body, status_code=503)
+        return error_response(NotReady(state.failure or "the engine's thread has died"))
     return JSONResponse({"status": "ok"})
 
 
-@router.get("/ready", summary="Readiness", response_model=None)
+@router.get(
+    "/ready",
+    summary="Readiness",
+    response_model=None,
+    responses={200: {"model": Ready}, 503: {"model": ErrorBody}},
+)
 async def ready(request: Request) -> Response:
     """200 once a model can answer; until then 503 with the reason."""
     try:
@@ -42,7 +50,7 @@ async def ready(request: Request) -> Response:
     )
 
 
-@router.get("/version", summary="Version", response_model=None)
+@router.get("/version", summary="Version", response_model=None, responses={200: {"model": Version}})
 async def version() -> dict[str, Any]:
     """The server's version."""
     return {"version": __version__}

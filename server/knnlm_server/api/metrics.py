@@ -16,7 +16,12 @@ from knnlm_server.api.state import Backend, service
 router = APIRouter()
 
 
-@router.get("/metrics", summary="Metrics", response_class=Response)
+@router.get(
+    "/metrics",
+    summary="Metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
 async def metrics(request: Request) -> Response:
     """Prometheus text; before the model is loaded, of the process alone."""
     backend = service(request).backend

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from knnlm_core.errors import ModelNotFound
+from knnlm_server.api.schemas.models import ModelCard, ModelList
 from knnlm_server.api.security import KeyRequired
 from knnlm_server.api.selection import SEPARATOR
 from knnlm_server.api.state import Backend, backend
@@ -14,13 +15,15 @@ from knnlm_server.api.state import Backend, backend
 router = APIRouter(dependencies=[KeyRequired])
 
 
-@router.get("/v1/models", summary="List models", response_model=None)
+@router.get("/v1/models", summary="List models", response_model=None, responses={200: {"model": ModelList}})
 async def list_models(request: Request) -> dict[str, Any]:
     """The base LM and its combinations with loaded datastores."""
     return {"object": "list", "data": _cards(backend(request))}
 
 
-@router.get("/v1/models/{model}", summary="Describe a model", response_model=None)
+@router.get(
+    "/v1/models/{model}", summary="Describe a model", response_model=None, responses={200: {"model": ModelCard}}
+)
 async def get_model(model: str, request: Request) -> dict[str, Any]:
     """One of the models listed."""
     for card in _cards(backend(request)):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from knnlm_core.datastore.exclusion import merge_ranges
 from knnlm_core.errors import InvalidParameter, ModelNotFound
 from knnlm_core.knn.gates import parse_gate
 from knnlm_core.mixture import Retrieval
-from knnlm_core.types import EntryRange
 from knnlm_server.api.schemas.common import KnnBody
 from knnlm_server.api.state import Backend, Service
 from knnlm_server.registry.registry import Lease
@@ -60,12 +60,23 @@ def select(
     return Selection(full_name, lease, retrieval, f"{fingerprint}-{lease.label}")
 
 
-def _datastore_name(backend: Backend, model: str | None, knn: KnnBody | None, default: str | None) -> str | None:
-    lm, separator, by_model = (model or backend.model_name).partition(SEPARATOR)
+def check_model(backend: Backend, model: str | None) -> None:
+    """For routes that need the LM alone. Raises ModelNotFound, DatastoreNotFound: ``model`` is not served."""
+    if name := _datastore_in_model(backend, model):
+        backend.registry.status(name)
+
+
+def _datastore_in_model(backend: Backend, model: str | None) -> str:
+    lm, separator, datastore = (model or backend.model_name).partition(SEPARATOR)
     if lm != backend.model_name:
         raise ModelNotFound(f"model {lm!r} is not served here; served: {backend.model_name!r}", param="model")
-    if separator and not by_model:
+    if separator and not datastore:
         raise ModelNotFound(f"model {model!r} names no datastore after {SEPARATOR!r}", param="model")
+    return datastore
+
+
+def _datastore_name(backend: Backend, model: str | None, knn: KnnBody | None, default: str | None) -> str | None:
+    by_model = _datastore_in_model(backend, model)
     by_knn = knn.datastore if knn is not None else None
     assert by_knn is None or isinstance(by_knn, str)
     if by_knn == "":
@@ -80,9 +91,9 @@ def _datastore_name(backend: Backend, model: str | None, knn: KnnBody | None, de
 
 def _refuse_retrieval_fields(knn: KnnBody | None, exclude_documents: Sequence[str]) -> None:
     """Fields that could have no effect are refused, not ignored; a trace makes sense without a store too."""
-    given = {name for name in knn.model_fields_set if name not in ("trace", "datastore")} if knn is not None else set()
+    given = [name for name, value in knn or () if value is not None and name not in ("trace", "datastore")]
     if given:
-        field = f"knn.{sorted(given)[0].replace('lmbda', 'lambda')}"
+        field = f"knn.{min(given).replace('lmbda', 'lambda')}"
         raise InvalidParameter(f"`{field}` needs a datastore, and this request names none", param=field)
     if exclude_documents:
         raise InvalidParameter(
@@ -103,14 +114,14 @@ def _retrieval(lease: Lease, knn: KnnBody, exclude_documents: Sequence[str]) -> 
             f"datastore {datastore.name!r} has no calibration, so `knn.{missing[0]}` must be given",
             param=f"knn.{missing[0]}",
         )
-    exclude = sorted({datastore.document_entries(document_id) for document_id in exclude_documents})
+    exclude = merge_ranges(datastore.document_entries(document_id) for document_id in exclude_documents)
     retrieval = Retrieval(
         datastore=datastore,
         k=knn.k if knn.k is not None else calibration.k,  # type: ignore[union-attr]
         knn_temperature=knn.temperature if knn.temperature is not None else calibration.knn_temperature,  # type: ignore[union-attr]
         lmbda=knn.lmbda if knn.lmbda is not None else calibration.lmbda,  # type: ignore[union-attr]
-        gate=parse_gate(knn.gate or (calibration.gate if calibration is not None else "always")),
-        exclude=tuple(EntryRange(*entries) for entries in exclude),
+        gate=parse_gate(knn.gate if knn.gate is not None else calibration.gate if calibration else "always"),
+        exclude=exclude,
     )
     retrieval.check()
     return retrieval

@@ -1,4 +1,4 @@
-"""Server-sent events."""
+"""Answers that are sent as they come about: server-sent events, and other streams that must be closed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def sse(payload: dict[str, Any]) -> str:
     return f"data: {json.dumps(payload, ensure_ascii=False)}\n\n"
 
 
-class _EventStream(StreamingResponse):
-    """Calls ``on_close`` however it ends, even where the client is gone before the first event is asked for."""
+class _ClosedStream(StreamingResponse):
+    """Calls ``on_close`` however it ends, even where the client is gone before the first piece is asked for."""
 
     on_close: Callable[[], None]
 
@@ -31,7 +31,12 @@ class _EventStream(StreamingResponse):
 
 def sse_response(events: AsyncIterator[str], on_close: Callable[[], None]) -> StreamingResponse:
     """A response that proxies pass on event by event; ``on_close`` is called once it is over."""
+    return stream_response(events, "text/event-stream", on_close)
+
+
+def stream_response(pieces: AsyncIterator[str], media_type: str, on_close: Callable[[], None]) -> StreamingResponse:
+    """A response that proxies pass on piece by piece; ``on_close`` is called once it is over."""
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    response = _EventStream(events, media_type="text/event-stream", headers=headers)
+    response = _ClosedStream(pieces, media_type=media_type, headers=headers)
     response.on_close = on_close
     return response

@@ -9,12 +9,13 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from knnlm_server.api.chat import encode_conversation
+from knnlm_server.api.json_route import JsonRoute
 from knnlm_server.api.schemas.tokenizer import DetokenizeBody, Detokenized, TokenizeBody, Tokenized, TokenizerInfo
 from knnlm_server.api.security import KeyRequired
 from knnlm_server.api.selection import check_model
 from knnlm_server.api.state import Backend, backend
 
-router = APIRouter(dependencies=[KeyRequired])
+router = APIRouter(route_class=JsonRoute, dependencies=[KeyRequired])
 
 
 @router.post("/tokenize", summary="Text to tokens", response_model=None, responses={200: {"model": Tokenized}})

@@ -19,13 +19,13 @@ from knnlm_core.lm.protocol import CausalLM
 from knnlm_server.engine.events import Failed, Finished, TokenEvent
 from knnlm_server.engine.request import Choice, CompletionRequest
 from knnlm_server.engine.scheduler import Batch, Scheduler
-from knnlm_server.engine.scoring import ScoreRequest
 from knnlm_server.engine.step import NextToken, Outcome, PromptRead, PromptScores, StepFailure, run_step
+from knnlm_server.engine.window_work import WindowWork
 from knnlm_server.telemetry.metrics import EngineMetrics
 
 logger = logging.getLogger(__name__)
 
-Request = CompletionRequest | ScoreRequest
+Request = CompletionRequest | WindowWork
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class EngineConfig:
 
 
 class Load(NamedTuple):
-    """How busy the engine is, in requests."""
+    """How busy the engine is, in requests; those that only look up neighbours count as scoring."""
 
     running: int
     waiting: int
@@ -65,7 +65,7 @@ class Engine:
         self._lm = lm
         self._eos = tuple(eos_token_ids)
         self._scheduler = Scheduler(lm.num_sequences, self.config.step_tokens, self._begin_prompt)
-        self._scoring: deque[ScoreRequest] = deque()
+        self._scoring: deque[WindowWork] = deque()
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._accepted: set[Request] = set()  # submitted and not yet ended
         self._closing = False
@@ -243,23 +243,23 @@ class Engine:
         if request.retrieval is not None:
             request.counts.searched += searched
             request.counts.skipped += of - searched
-            self.metrics.retrievals.labels("searched").inc(searched)
-            self.metrics.retrievals.labels("skipped").inc(of - searched)
+            self.metrics.count_retrievals(searched, of - searched)
 
     @torch.inference_mode()
     def _score(self) -> None:
-        """One pass over windows of a scoring request, each in turn; a single window while others generate."""
+        """One pass of a request that works in whole windows, each in turn; a single window while others generate."""
         if not self._scoring:
             return
         request = self._scoring[0]
         self._scoring.rotate(-1)
         budget = 1 if self._scheduler.has_work() else self.config.score_tokens
         try:
-            request.score(self._lm, request.take(budget))
+            searches = request.run(self._lm, budget)
         except Exception as error:
-            logger.exception("scoring failed texts=%d", len(request.texts))
+            logger.exception("pass failed kind=%s request=%s", request.kind, request.request_id)
             self._fail([request], error)
             return
+        self.metrics.count_retrievals(searches.searched, searches.skipped)
         if request.is_done:
             self._end(request)
 
@@ -283,15 +283,15 @@ class Engine:
                 return
             self._accepted.remove(request)
             self._ended.notify_all()
-        if isinstance(request, ScoreRequest):
-            self._scoring.remove(request)
-        else:
+        if isinstance(request, CompletionRequest):
             live = request.live_choices
             for choice in live:
                 choice.finish_reason = "length"
             self._free(request, [choice.index for choice in live])
             self._scheduler.remove(request)
             self.metrics.prompt_tokens.inc(request.num_prefilled)
+        else:
+            self._scoring.remove(request)
         self.metrics.requests.labels(request.kind, error.code if error else "finished").inc()
         self.metrics.request_seconds.labels(request.kind).observe(time.monotonic() - request.submitted_s)
         _tell(request, error)
@@ -299,7 +299,7 @@ class Engine:
 
 def _tell(request: Request, error: KnnlmError | None) -> None:
     """Tell a request's owner that it has ended."""
-    if isinstance(request, ScoreRequest):
+    if not isinstance(request, CompletionRequest):
         request.on_end(error)
         return
     tokens = Finished(len(request.prompt_ids), request.num_generated, request.num_cached, request.counts)

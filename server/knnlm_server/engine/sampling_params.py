@@ -16,6 +16,7 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIASES = 1024
 MAX_LOGIT_BIAS = 100.0
 MAX_PENALTY = 2.0
+MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
 # Wide enough for any use, narrow enough that a penalised score stays finite in float64.
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
 
@@ -91,7 +92,7 @@ class SamplingParams:
         _between("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
         _between("repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
         if self.seed is not None:
-            _between("seed", self.seed, -(2**63), 2**63 - 1)
+            _between("seed", self.seed, MIN_SEED, MAX_SEED)
         if self.logprobs is not None:
             _between("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         self._check_logit_bias(vocab_size)

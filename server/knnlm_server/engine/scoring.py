@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from knnlm_core.datastore.exclusion import merge_ranges
 from knnlm_core.errors import KnnlmError
 from knnlm_core.lm.head import log_probs_of_targets
 from knnlm_core.lm.protocol import CausalLM
 from knnlm_core.mixture import Retrieval, mix_targets
+from knnlm_core.types import EntryRange
 from knnlm_core.windows import Window, rolling_windows
+from knnlm_server.engine.window_work import Searches
 
 SEARCH_ROWS = 512  # queries per search: bounds the neighbours held at once to SEARCH_ROWS × k
+
+TokenIds = Sequence[int] | NDArray[np.int32]
 
 
 class TokenScores(NamedTuple):
@@ -28,11 +34,18 @@ class TokenScores(NamedTuple):
     searched: NDArray[np.bool_]
 
 
+def no_scores(count: int = 0) -> TokenScores:
+    """Of ``count`` tokens that are still to be scored."""
+    base, mixed, lmbda = (np.zeros(count, np.float32) for _ in range(3))
+    return TokenScores(base, mixed, lmbda, np.zeros(count, np.bool_))
+
+
 @dataclass(slots=True)
 class _TextInWork:
-    token_ids: Sequence[int]
+    token_ids: NDArray[np.int32]
+    retrieval: Retrieval | None
     scores: TokenScores
-    windows_left: int
+    targets_left: int
 
 
 class WindowOfText(NamedTuple):
@@ -51,15 +64,21 @@ class ScoreRequest:
         window, stride: in tokens, see `rolling_windows`.
         on_text: called on the engine's thread when a text is done, in the order of completion.
         on_end: called exactly once when the request leaves the engine: with None, or with why it failed.
+        own: per text, entries that only this text must not find, such as those that it made itself.
+        tokens_done: scored so far; any thread may look.
     """
 
     request_id: str
-    texts: Sequence[Sequence[int]]
+    texts: Sequence[TokenIds]
     retrieval: Retrieval | None
     window: int
     stride: int
     on_text: Callable[[int, TokenScores], None]
     on_end: Callable[[KnnlmError | None], None]
+    own: Sequence[EntryRange | None] | None = None
+    submitted_s: float = field(default_factory=time.monotonic)
+    kind: ClassVar[str] = "score"  # as metrics call it
+    tokens_done: int = field(init=False, default=0)
     _pending: Iterator[WindowOfText] = field(init=False)
     _next: WindowOfText | None = field(init=False)
     _in_work: dict[int, _TextInWork] = field(init=False, default_factory=dict)
@@ -71,17 +90,26 @@ class ScoreRequest:
     def _windows(self) -> Iterator[WindowOfText]:
         for index, token_ids in enumerate(self.texts):
             count = len(token_ids)
-            windows = list(rolling_windows(count, self.window, self.stride))
-            base, mixed, lmbda = (np.zeros(count - 1, np.float32) for _ in range(3))
-            scores = TokenScores(base, mixed, lmbda, np.zeros(count - 1, np.bool_))
-            self._in_work[index] = _TextInWork(token_ids, scores, len(windows))
-            for window in windows:
+            self._in_work[index] = _TextInWork(
+                np.asarray(token_ids, np.int32), self._retrieval_of(index), no_scores(count - 1), count - 1
+            )
+            for window in rolling_windows(count, self.window, self.stride):
                 yield WindowOfText(index, window)
+
+    def _retrieval_of(self, index: int) -> Retrieval | None:
+        own = self.own[index] if self.own is not None else None
+        if self.retrieval is None or own is None:
+            return self.retrieval
+        return replace(self.retrieval, exclude=merge_ranges([*self.retrieval.exclude, own]))
 
     @property
     def is_done(self) -> bool:
         """Whether every window has been scored."""
         return self._next is None and not self._in_work
+
+    def run(self, lm: CausalLM, token_budget: int) -> Searches:
+        """Score the next windows. Raises KnnlmError: a datastore could not be searched."""
+        return self.score(lm, self.take(token_budget))
 
     def take(self, token_budget: int) -> list[WindowOfText]:
         """The next windows, at least one, of together at most ``token_budget`` padded tokens if possible."""
@@ -95,53 +123,59 @@ class ScoreRequest:
             self._next = next(self._pending, None)
         return taken
 
-    def score(self, lm: CausalLM, taken: Sequence[WindowOfText]) -> None:
+    def score(self, lm: CausalLM, taken: Sequence[WindowOfText]) -> Searches:
         """Score windows that `take` handed out and report the texts that they complete."""
-        inputs: list[Sequence[int]] = []
-        first_rows: list[int] = []
-        targets: list[int] = []
-        for index, window in taken:
-            ids = self._in_work[index].token_ids
-            # The row at position t predicts token t + 1, so the last token is never an input.
-            inputs.append(ids[window.begin : window.end - 1])
-            first_rows.append(window.first_target - 1 - window.begin)
-            targets.extend(ids[window.first_target : window.end])
-        scores = score_windows(lm, inputs, first_rows, targets, self.retrieval)
+        works = [self._in_work[index] for index, _ in taken]
+        scores = score_windows(
+            lm,
+            [
+                WindowToScore(work.token_ids[window.begin : window.end], window.first_target - window.begin)
+                for work, (_, window) in zip(works, taken, strict=True)
+            ],
+            [work.retrieval for work in works],
+        )
         start = 0
-        for index, window in taken:
-            work = self._in_work[index]
+        for work, (index, window) in zip(works, taken, strict=True):
             into = slice(window.first_target - 1, window.end - 1)
             for whole, part in zip(work.scores, scores, strict=True):
                 whole[into] = part[start : start + window.num_targets]
             start += window.num_targets
-            work.windows_left -= 1
-            if not work.windows_left:
+            work.targets_left -= window.num_targets
+            if not work.targets_left:
                 del self._in_work[index]
                 self.on_text(index, work.scores)
+        self.tokens_done += start
+        searched = int(scores.searched.sum())
+        return Searches(searched, skipped=start - searched if self.retrieval is not None else 0)
+
+
+class WindowToScore(NamedTuple):
+    """Tokens, of which those from ``first_target`` on are scored."""
+
+    token_ids: NDArray[np.int32]
+    first_target: int
 
 
 def score_windows(
-    lm: CausalLM,
-    inputs: Sequence[Sequence[int]],
-    first_rows: Sequence[int],
-    targets: Sequence[int],
-    retrieval: Retrieval | None,
+    lm: CausalLM, windows: Sequence[WindowToScore], retrievals: Sequence[Retrieval | None]
 ) -> TokenScores:
-    """Score the tokens that follow the last rows of some windows.
+    """Score the last tokens of some windows, window after window.
 
-    Args:
-        inputs: token ids of each window.
-        first_rows: per window, the first row whose next token is scored.
-        targets: those next tokens, window after window.
+    Args:     retrievals: per window.
+    Raises:   KnnlmError: a datastore could not be searched.
     """
-    rows = lm.encode(inputs, first_rows)
-    target_ids = torch.as_tensor(targets, dtype=torch.long, device=rows.keys.device)
+    # The row at position t predicts token t + 1, so the last token is never an input.
+    rows = lm.encode([ids[:-1].tolist() for ids, _ in windows], [first - 1 for _, first in windows])
+    targets = np.concatenate([ids[first:] for ids, first in windows])
+    retrieval_of_row = [
+        retrieval for (ids, first), retrieval in zip(windows, retrievals, strict=True) for _ in range(first, len(ids))
+    ]
+    target_ids = torch.from_numpy(targets).to(rows.keys.device, torch.long)
     base = log_probs_of_targets(lm, rows.hidden, target_ids)
     parts = []
     for start in range(0, len(target_ids), SEARCH_ROWS):
-        rows_here = slice(start, start + SEARCH_ROWS)
-        keys = rows.keys[rows_here]
-        mixed, found = mix_targets(base[rows_here], keys, target_ids[rows_here], [retrieval] * len(keys))
+        here = slice(start, start + SEARCH_ROWS)
+        mixed, found = mix_targets(base[here], rows.keys[here], target_ids[here], retrieval_of_row[here])
         parts.append((mixed, found.lmbda, found.searched))
     columns = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
     return TokenScores(base.cpu().numpy(), *columns)

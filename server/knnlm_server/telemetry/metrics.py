@@ -44,3 +44,8 @@ class EngineMetrics:
         self.request_seconds = Histogram(
             "knnlm_request_seconds", "From submission to the end.", ["kind"], buckets=_SECONDS, registry=self.registry
         )
+
+    def count_retrievals(self, searched: int, skipped: int) -> None:
+        """Tokens that have a datastore, by whether it was searched for them."""
+        self.retrievals.labels("searched").inc(searched)
+        self.retrievals.labels("skipped").inc(skipped)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_store import Plan, open_new, random_keys, reference
 
-from knnlm_core.datastore.exclusion import allowed_bitmap, allowed_mask
+from knnlm_core.datastore.exclusion import allowed_bitmap, allowed_mask, merge_ranges
 from knnlm_core.datastore.index import choose_index, ivf_spec, train_index
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.errors import BuildError, InvalidKnnParams, InvalidParameter
@@ -249,3 +250,10 @@ def test_too_small_a_training_sample_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"at least 39 for each of 8 lists \(312\); its shape is \(300, 8\)"):
         train_index(ivf_spec(8, nprobe=1, train_vectors=300), random_keys(300, 8), tmp_path / "trained.faiss")
     assert not list(tmp_path.iterdir())
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)).map(lambda p: EntryRange(min(p), max(p)))))
+def test_merged_ranges_hold_the_same_entries_and_never_touch(ranges: list[EntryRange]) -> None:
+    merged = merge_ranges(ranges)
+    assert {i for r in merged for i in range(*r)} == {i for r in ranges for i in range(*r)}
+    assert all(one.first < one.stop < other.first for one, other in pairwise([*merged, EntryRange(99, 100)]))

@@ -140,16 +140,21 @@ _EXAMPLE: JsonDict = {
     "add_generation_prompt": True,
     "continue_final_message": False,
     "chat_template_kwargs": {},
+    "stream": False,
+    "knn": {"datastore": "law", "k": 32, "temperature": 10.0, "lambda": 0.25, "gate": "always", "trace": True},
+}
+_STREAMED: JsonDict = {
+    "messages": [{"role": "user", "content": "May the tenant refuse?"}],
+    "max_tokens": 8,
     "stream": True,
     "stream_options": {"include_usage": True, "continuous_usage_stats": False},
-    "knn": {"datastore": "law", "k": 32, "temperature": 10.0, "lambda": 0.25, "gate": "always", "trace": True},
 }
 
 
 class ChatBody(GenerationBody, TemplateBody):
     """A request to go on with a conversation."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE, _STREAMED]})
 
     messages: Messages = Field(description="The conversation so far.")
     max_tokens: Annotated[int, shown(minimum=1)] | None = Field(

@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
+from pydantic.json_schema import SkipJsonSchema
 
 from knnlm_core.errors import UnsupportedFeature
+from knnlm_core.knn.gates import Gate
+from knnlm_core.mixture import MAX_K, MAX_TEMPERATURE, MIN_TEMPERATURE
+from knnlm_server.api.schemas.limits import shown
 
 logger = logging.getLogger(__name__)
 
 # The first bad element ends the check: a body of millions of them must not become millions of errors.
-TokenIds = Annotated[list[int], Field(fail_fast=True)]
+TokenIds = Annotated[list[Annotated[int, shown(minimum=0)]], Field(fail_fast=True)]
 
 
 def _check_unicode(text: str) -> str:
@@ -47,13 +51,25 @@ class KnnBody(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", populate_by_name=True)
 
-    datastore: str | list[dict[str, Any]] | None = Field(default=None, description="Name of a loaded datastore.")
-    k: int | None = Field(default=None, description="Neighbours per query.")
-    temperature: float | None = Field(default=None, description="τ: divides squared distances.")
-    lmbda: float | None = Field(default=None, alias="lambda", description="λ: weight of p_knn, 0 … 1.")
-    gate: str | None = Field(default=None, description="When to search: always or never.")
-    gate_threshold: float | None = Field(default=None, description="Threshold of the gate, for gates that have one.")
-    speculate: bool | None = Field(default=None, description="Draft from the datastore; not offered by this build.")
+    datastore: Annotated[str, shown(minLength=1)] | SkipJsonSchema[list[dict[str, Any]]] | None = Field(
+        default=None, description="Name of a loaded datastore."
+    )
+    k: Annotated[int, shown(minimum=1, maximum=MAX_K)] | None = Field(default=None, description="Neighbours per query.")
+    temperature: Annotated[float, shown(minimum=MIN_TEMPERATURE, maximum=MAX_TEMPERATURE)] | None = Field(
+        default=None, description="τ: divides squared distances."
+    )
+    lmbda: Annotated[float, shown(minimum=0, maximum=1)] | None = Field(
+        default=None, alias="lambda", description="λ: weight of p_knn, 0 … 1."
+    )
+    gate: Annotated[str, shown(enum=list(Gate))] | None = Field(
+        default=None, description="When to search: always or never."
+    )
+    gate_threshold: Annotated[float | None, WithJsonSchema({"type": "null"})] = Field(
+        default=None, description="Threshold of the gate, for gates that have one; this build knows none."
+    )
+    speculate: Annotated[bool, shown(const=False)] | None = Field(
+        default=None, description="Draft from the datastore; not offered by this build."
+    )
     trace: bool = Field(default=False, description="Report per token how its probability came about.")
 
     def refuse_unsupported(self) -> None:

@@ -2,31 +2,80 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
+from pydantic.config import JsonDict
+from pydantic.json_schema import SkipJsonSchema
 
 from knnlm_core.errors import InvalidParameter, UnsupportedFeature
-from knnlm_server.api.schemas.common import ListOfTokenIds, Text, Texts, TokenIds
+from knnlm_server.api.schemas.answers import Answer, TokenTraceEntry, Usage
+from knnlm_server.api.schemas.common import Text, Texts, TokenIds
+from knnlm_server.api.schemas.events import event_stream
 from knnlm_server.api.schemas.generation import GenerationBody
-from knnlm_server.engine.sampling_params import SamplingParams
+from knnlm_server.api.schemas.limits import shown
+from knnlm_server.engine.events import FinishReason
+from knnlm_server.engine.sampling_params import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
 
 MAX_PROMPTS = 1024
+_PROMPTS = shown(minItems=1, maxItems=MAX_PROMPTS)
+_PromptIds = Annotated[TokenIds, shown(minItems=1)]
+# All fields at once, and in agreement.
+_EXAMPLE: JsonDict = {
+    "prompt": "The tenant may refuse",
+    "max_tokens": 8,
+    "min_tokens": 2,
+    "temperature": 0.7,
+    "top_p": 0.95,
+    "top_k": 40,
+    "min_p": 0.01,
+    "n": 2,
+    "best_of": 2,
+    "stop": ["\n\n"],
+    "stop_token_ids": [2],
+    "include_stop_str_in_output": True,
+    "seed": 7,
+    "presence_penalty": 0.1,
+    "frequency_penalty": 0.1,
+    "repetition_penalty": 1.1,
+    "logit_bias": {"11": -1.5},
+    "ignore_eos": False,
+    "skip_special_tokens": True,
+    "logprobs": 3,
+    "echo": True,
+    "suffix": "",
+    "stream": False,
+    "knn": {"datastore": "law", "k": 32, "temperature": 10.0, "lambda": 0.25, "gate": "always", "trace": True},
+}
+_STREAMED: JsonDict = {
+    "prompt": "The tenant may refuse",
+    "max_tokens": 8,
+    "stream": True,
+    "stream_options": {"include_usage": True, "continuous_usage_stats": False},
+}
 
 
 class CompletionBody(GenerationBody):
     """A request to complete prompts."""
 
-    prompt: Text | Texts | TokenIds | ListOfTokenIds = Field(description="Text, texts, token ids, or lists of them.")
-    max_tokens: int | None = Field(
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE, _STREAMED]})
+
+    prompt: (
+        Text | Annotated[Texts, _PROMPTS] | _PromptIds | Annotated[list[_PromptIds], Field(fail_fast=True), _PROMPTS]
+    ) = Field(description="Text, texts, token ids, or lists of them.")
+    max_tokens: Annotated[int, shown(minimum=0)] | None = Field(
         default=None, description="Most tokens to generate; 16 by default, 0 only with `echo`."
     )
-    logprobs: int | None = Field(default=None, description="Alternatives reported per token, 0 … 20.")
+    logprobs: Annotated[int, shown(minimum=0, maximum=MAX_LOGPROBS)] | None = Field(
+        default=None, description="Alternatives reported per token, 0 … 20."
+    )
     echo: bool = Field(default=False, description="Put the prompt before the completion, and its log-probabilities.")
-    best_of: int | None = Field(
+    best_of: Annotated[int, shown(minimum=1, maximum=MAX_CHOICES)] | None = Field(
         default=None, description="Generate this many and return the `n` with the best mean log-probability."
     )
-    suffix: Text | None = Field(default=None, description="Not offered: must be empty or absent.")
+    suffix: Annotated[Text, shown(maxLength=0)] | None = Field(
+        default=None, description="Not offered: must be empty or absent."
+    )
 
     def refuse_unsupported(self) -> None:
         """Raises UnsupportedFeature or InvalidParameter for fields that cannot be honoured, or not together."""
@@ -66,3 +115,55 @@ class CompletionBody(GenerationBody):
         if self.prompt and isinstance(self.prompt[0], int):
             return [self.prompt]
         return cast(list[str | TokenIds], self.prompt)
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+class CompletionLogProbs(Answer):
+    """Four columns with one row per token; the first token of an echoed prompt has no probability."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None] = Field(
+        description="Natural log, of the mixture, before penalties and temperature."
+    )
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[Annotated[int, Field(ge=0)]] = Field(description="Character of `text` at which a token begins.")
+
+
+class CompletionChoice(Answer):
+    """One completion."""
+
+    index: int = Field(ge=0)
+    text: str
+    logprobs: CompletionLogProbs | None
+    finish_reason: FinishReason
+    knn: list[TokenTraceEntry] | SkipJsonSchema[None] = Field(default=None, description="Only with `knn.trace`.")
+
+
+class CompletionPiece(CompletionChoice):
+    """What is new of a completion."""
+
+    finish_reason: FinishReason | None  # type: ignore[assignment]
+
+
+class Completion(Answer):
+    """The answer in one piece."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int = Field(ge=0, description="Seconds since 1970.")
+    model: str
+    system_fingerprint: str = Field(description="Of the LM, with name, version and generation of the datastore.")
+    choices: list[CompletionChoice] = Field(min_length=1)
+    usage: Usage
+
+
+class CompletionChunk(Completion):
+    """An event of a stream; the one that carries the usage of the whole has no choice."""
+
+    choices: list[CompletionPiece] = Field(max_length=1)  # type: ignore[assignment]
+    usage: Usage | None = None  # type: ignore[assignment]
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {200: {"model": Completion, "content": event_stream(CompletionChunk)}}

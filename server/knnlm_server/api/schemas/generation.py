@@ -9,9 +9,31 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from knnlm_core.errors import InvalidParameter, UnsupportedFeature
 from knnlm_server.api.schemas.common import Body, KnnBody, Text, TokenIds
-from knnlm_server.engine.sampling_params import MAX_LOGIT_BIASES, SamplingParams
+from knnlm_server.api.schemas.limits import shown
+from knnlm_server.engine.sampling_params import (
+    MAX_CHOICES,
+    MAX_LOGIT_BIAS,
+    MAX_LOGIT_BIASES,
+    MAX_PENALTY,
+    MAX_REPETITION_PENALTY,
+    MAX_SEED,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    MIN_REPETITION_PENALTY,
+    MIN_SEED,
+    SamplingParams,
+)
 
 _TOKEN_ID = re.compile(r"[0-9]{1,9}")
+# FastAPI writes limits as floats, which MAX_SEED is not.
+_SEED = shown(minimum=MIN_SEED, exclusiveMaximum=MAX_SEED + 1)
+_LOGIT_BIAS = shown(
+    propertyNames={"pattern": f"^{_TOKEN_ID.pattern}$"},
+    additionalProperties={"type": "number", "minimum": -MAX_LOGIT_BIAS, "maximum": MAX_LOGIT_BIAS},
+    maxProperties=MAX_LOGIT_BIASES,
+)
+Stop = Annotated[Text, shown(minLength=1, maxLength=MAX_STOP_CHARS)]
 _SAMPLING = (
     "temperature",
     "top_p",
@@ -38,21 +60,29 @@ class GenerationBody(Body):
     """What can be said about how tokens are chosen and when they end."""
 
     model: str | None = Field(default=None, description="`<lm>` or `<lm>@<datastore>`.")
-    temperature: float | None = Field(default=None, description="Divides the scores; 0 is greedy, 1 the default.")
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    n: int | None = Field(default=None, description="Choices per prompt; 1 by default.")
-    stop: Text | Annotated[list[Text], Field(fail_fast=True)] | None = None
-    stop_token_ids: TokenIds | None = None
+    temperature: Annotated[float, shown(minimum=0)] | None = Field(
+        default=None, description="Divides the scores; 0 is greedy, 1 the default."
+    )
+    top_p: Annotated[float, shown(minimum=0, maximum=1)] | None = None
+    top_k: Annotated[int, shown(minimum=-1)] | None = None
+    min_p: Annotated[float, shown(minimum=0, maximum=1)] | None = None
+    n: Annotated[int, shown(minimum=1, maximum=MAX_CHOICES)] | None = Field(
+        default=None, description="Choices per prompt; 1 by default."
+    )
+    stop: Stop | Annotated[list[Stop], Field(fail_fast=True), shown(maxItems=MAX_STOP_STRINGS)] | None = None
+    stop_token_ids: Annotated[TokenIds, shown(maxItems=MAX_STOP_TOKEN_IDS)] | None = None
     include_stop_str_in_output: bool = False
-    seed: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[str, Any] | None = Field(default=None, description="Token id → what is added to its score.")
+    seed: Annotated[int, _SEED] | None = None
+    presence_penalty: Annotated[float, shown(minimum=-MAX_PENALTY, maximum=MAX_PENALTY)] | None = None
+    frequency_penalty: Annotated[float, shown(minimum=-MAX_PENALTY, maximum=MAX_PENALTY)] | None = None
+    repetition_penalty: (
+        Annotated[float, shown(minimum=MIN_REPETITION_PENALTY, maximum=MAX_REPETITION_PENALTY)] | None
+    ) = None
+    logit_bias: Annotated[dict[str, Any], _LOGIT_BIAS] | None = Field(
+        default=None, description="Token id → what is added to its score."
+    )
     ignore_eos: bool = False
-    min_tokens: int | None = None
+    min_tokens: Annotated[int, shown(minimum=0)] | None = None
     skip_special_tokens: bool = True
     stream: bool = False
     stream_options: StreamOptions | None = None

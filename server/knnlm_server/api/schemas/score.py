@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
+from pydantic.json_schema import SkipJsonSchema
 
 from knnlm_core.windows import check_window
+from knnlm_server.api.schemas.answers import Answer
 from knnlm_server.api.schemas.common import Body, DocumentIds, KnnBody, ListOfTokenIds, NonEmpty, Texts, TokenIds
+from knnlm_server.api.schemas.events import json_lines
+from knnlm_server.api.schemas.limits import shown
 
 MAX_TEXTS = 4096
 DEFAULT_WINDOW = 1024
+_TEXTS = shown(minItems=1, maxItems=MAX_TEXTS)
 
 
 class Windows(NamedTuple):
@@ -20,18 +26,54 @@ class Windows(NamedTuple):
     stride: int
 
 
+class DocumentInput(BaseModel):
+    """A document of the datastore, scored as if the datastore did not hold it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    document_id: NonEmpty
+
+
+Documents = Annotated[list[DocumentInput], Field(fail_fast=True)]
+ScoreInput = str | TokenIds | DocumentInput
+
+# All fields at once, and in agreement.
+_EXAMPLE: JsonDict = {
+    "input": ["The tenant may refuse to pay.", "A buyer shall return the goods."],
+    "knn": {"datastore": "law", "k": 32, "temperature": 10.0, "lambda": 0.25, "gate": "always"},
+    "per_token": True,
+    "overlap": True,
+    "exclude_documents": [],
+    "window": 64,
+    "stride": 32,
+    "stream": True,
+}
+
+
 class ScoreBody(Body):
     """``POST /v1/score``."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
+
     model: str | None = Field(default=None, description="`<lm>` or `<lm>@<datastore>`.")
-    input: NonEmpty | Texts | ListOfTokenIds = Field(description="Texts, or lists of token ids.")
+    input: NonEmpty | Annotated[Texts, _TEXTS] | Annotated[ListOfTokenIds, _TEXTS] | Annotated[Documents, _TEXTS] = (
+        Field(description="A text, texts, lists of token ids, or documents of the datastore.")
+    )
     knn: KnnBody | None = None
     per_token: bool = Field(default=False, description="Report every token.")
+    overlap: bool = Field(
+        default=False,
+        description="Report the tokens by the longest run that ends with them and stands in the datastore, within one "
+        "document that is not excluded. Needs a datastore.",
+    )
     exclude_documents: DocumentIds = Field(default=[], description="Ids of documents whose entries must not be found.")
-    window: int | None = Field(default=None, description="Tokens per window; 1024 by default, or the LM's context.")
-    stride: int | None = Field(
+    window: Annotated[int, shown(minimum=2)] | None = Field(
+        default=None, description="Tokens per window; 1024 by default, or the LM's context."
+    )
+    stride: Annotated[int, shown(minimum=1)] | None = Field(
         default=None, description="Tokens scored per window after the first; half the window by default."
     )
+    stream: bool = Field(default=False, description="Send each text as soon as it is done, and progress meanwhile.")
 
     def windows(self, max_length: int) -> Windows:
         """How texts are cut for an LM with a context of ``max_length`` tokens.
@@ -43,6 +85,108 @@ class ScoreBody(Body):
         check_window(window, stride, max_length)
         return Windows(window, stride)
 
-    def texts(self) -> list[str | TokenIds]:
-        """The texts, one entry each."""
+    def inputs(self) -> list[ScoreInput]:
+        """What is to be scored, one entry per text."""
         return [self.input] if isinstance(self.input, str) else list(self.input)
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+class TokenLoss(Answer):
+    """How well tokens are predicted."""
+
+    # Rounding can put a sum a little below 0.
+    nll: float | None = Field(description="Nats, summed; null where a token has probability 0.")
+    perplexity: float | None = Field(gt=0, description="exp(nll / tokens); null where nll is, or without tokens.")
+
+
+class Loss(TokenLoss):
+    """How well tokens are predicted, per token and per byte."""
+
+    bits_per_byte: float | None = Field(description="nll in bits, over the bytes; null where nll is, or without bytes.")
+
+
+class OverlapBucket(Answer):
+    """The scored tokens whose longest match in the datastore is about as long."""
+
+    longest_match: tuple[int, int | None] = Field(description="Tokens, from … to, both included; null for no bound.")
+    tokens: int = Field(ge=0)
+    base: TokenLoss
+    mixed: TokenLoss
+
+
+class ScoredToken(Answer):
+    """One scored token."""
+
+    id: int = Field(ge=0)
+    token: str
+    offset: int | None = Field(ge=0, description="Character at which it begins; null where token ids were given.")
+    base: float = Field(le=1e-3, description="Log-probability, natural; −9999 for a probability of 0.")
+    mixed: float = Field(le=1e-3)
+    lmbda: float = Field(alias="lambda", ge=0, le=1, description="λ: weight of p_knn.")
+    decision: str = Field(description="The gate's; `base` without a datastore.")
+    longest_match: Literal[0, 1, 2, 4, 8, 16, 32] | SkipJsonSchema[None] = Field(
+        default=None, description="With `overlap`: the longest match has at least so many tokens, and less than twice."
+    )
+
+
+class ScoreTotal(Answer):
+    """Sums over texts; only scored tokens count, and their bytes."""
+
+    tokens: int = Field(ge=0)
+    bytes: int = Field(ge=0)
+    searched: int = Field(ge=0, description="Tokens before which the datastore was searched.")
+    base: Loss = Field(description="Of the LM alone.")
+    mixed: Loss = Field(description="Of the mixture.")
+    overlap: Annotated[list[OverlapBucket], Field(min_length=7, max_length=7)] | SkipJsonSchema[None] = Field(
+        default=None, description="Only with `overlap`."
+    )
+
+
+class ScoreResult(ScoreTotal):
+    """One text."""
+
+    index: int = Field(ge=0, description="Its position in `input`.")
+    document_id: str | SkipJsonSchema[None] = Field(default=None, description="Where `input` gave one.")
+    per_token: list[ScoredToken] | SkipJsonSchema[None] = Field(default=None, description="Only with `per_token`.")
+
+
+class Score(Answer):
+    """The answer in one piece."""
+
+    object: Literal["score"]
+    model: str
+    system_fingerprint: str
+    results: list[ScoreResult] = Field(min_length=1)
+    total: ScoreTotal
+
+
+class ScoreProgressLine(Answer):
+    """How far a stream has come; tokens are those to be scored."""
+
+    object: Literal["score.progress"]
+    texts: int = Field(ge=1)
+    texts_done: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    tokens_done: int = Field(ge=0)
+
+
+class ScoreResultLine(ScoreResult):
+    """A text that is done, in any order."""
+
+    object: Literal["score.result"]
+
+
+class ScoreTotalLine(Answer):
+    """The last line of a stream."""
+
+    object: Literal["score.total"]
+    model: str
+    system_fingerprint: str
+    total: ScoreTotal
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"model": Score, "content": json_lines(ScoreProgressLine, ScoreResultLine, ScoreTotalLine)}
+}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
+from pydantic.config import JsonDict
 
 from knnlm_core.errors import InvalidParameter
 from knnlm_server.api.schemas.answers import Answer
@@ -13,9 +14,17 @@ from knnlm_server.api.schemas.common import Body, Text, TokenIds
 
 MAX_TOKENS = 1 << 20
 
+_EXAMPLE: JsonDict = {
+    "prompt": "The tenant may refuse",
+    "add_special_tokens": True,
+    "return_token_strs": True,
+}
+
 
 class TokenizeBody(TemplateBody):
     """``POST /tokenize``: a text, or a conversation."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
 
     model: str | None = Field(default=None, description="`<lm>` or `<lm>@<datastore>`.")
     prompt: Text | None = Field(default=None, description="A text; not with `messages`.")
@@ -44,7 +53,9 @@ class DetokenizeBody(Body):
     """``POST /detokenize``."""
 
     model: str | None = Field(default=None, description="`<lm>` or `<lm>@<datastore>`.")
-    tokens: Annotated[TokenIds, Field(max_length=MAX_TOKENS)] = Field(description="Token ids.")
+    tokens: Annotated[TokenIds, Field(max_length=MAX_TOKENS)] = Field(
+        description="Token ids.", json_schema_extra={"examples": [[5, 17, 300]]}
+    )
 
 
 class Tokenized(Answer):

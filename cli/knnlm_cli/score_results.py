@@ -1,0 +1,126 @@
+"""What a run of `knnlm score` gathers: arrays of float32, and a few numbers per document."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+LN2 = math.log(2)
+
+Floats = NDArray[np.float32]
+
+
+class DocumentScores(NamedTuple):
+    """One document, scored: natural log-probabilities of its T − 1 tokens that have a context."""
+
+    id: str
+    num_bytes: int  # UTF-8, of the scored tokens
+    searched: int
+    excluded_itself: bool
+    base: Floats
+    mixed: Floats
+    longest_match: NDArray[np.uint8] | None  # tokens, ending at and including the scored one; see `longest_matches`
+    per_token: Sequence[Mapping[str, Any]] | None  # as `/v1/score` gives them; None unless asked for
+
+
+class Loss(NamedTuple):
+    """How well tokens were predicted; None where a token had probability zero, or there is nothing to divide by."""
+
+    nll: float | None  # nats, summed
+    perplexity: float | None
+    bits_per_byte: float | None
+
+
+def loss(log_probs: Floats, num_bytes: int) -> Loss:
+    """The loss of some tokens, summed in float64: a long text has many small terms."""
+    nll = -float(log_probs.sum(dtype=np.float64)) + 0.0  # never −0
+    if not math.isfinite(nll):
+        return Loss(None, None, None)
+    perplexity = math.exp(min(nll / len(log_probs), 700.0)) if len(log_probs) else None
+    return Loss(nll, perplexity, nll / LN2 / num_bytes if num_bytes else None)
+
+
+class DocumentRow(NamedTuple):
+    """What is kept of a document."""
+
+    id: str
+    tokens: int
+    num_bytes: int
+    searched: int
+    excluded_itself: bool
+    base: Loss
+    mixed: Loss
+
+    @property
+    def change(self) -> float | None:
+        """Relative change of perplexity by retrieval; negative is better."""
+        return change(self.base, self.mixed)
+
+
+def change(base: Loss, mixed: Loss) -> float | None:
+    """mixed / base − 1 of the perplexities."""
+    if base.perplexity is None or mixed.perplexity is None:
+        return None
+    return mixed.perplexity / base.perplexity - 1
+
+
+@dataclass(slots=True)
+class Scores:
+    """All documents of a run, in order; the arrays are their tokens, document after document."""
+
+    rows: list[DocumentRow] = field(default_factory=list)
+    _base: list[Floats] = field(default_factory=list)
+    _mixed: list[Floats] = field(default_factory=list)
+    _matches: list[NDArray[np.uint8]] = field(default_factory=list)
+
+    def add(self, document: DocumentScores) -> None:
+        """Keep a document's scores."""
+        self.rows.append(
+            DocumentRow(
+                document.id,
+                len(document.base),
+                document.num_bytes,
+                document.searched,
+                document.excluded_itself,
+                loss(document.base, document.num_bytes),
+                loss(document.mixed, document.num_bytes),
+            )
+        )
+        self._base.append(document.base)
+        self._mixed.append(document.mixed)
+        if document.longest_match is not None:
+            self._matches.append(document.longest_match)
+
+    @property
+    def base(self) -> Floats:
+        """(N,) log p_lm."""
+        return _joined(self._base)
+
+    @property
+    def mixed(self) -> Floats:
+        """(N,) log p of the mixture."""
+        return _joined(self._mixed)
+
+    @property
+    def longest_match(self) -> NDArray[np.uint8] | None:
+        """(N,) tokens, or None where overlap was not measured."""
+        return np.concatenate(self._matches) if self._matches else None
+
+    def positions(self) -> NDArray[np.int64]:
+        """(N,) how many tokens of its document were scored before each one."""
+        return np.concatenate([np.arange(row.tokens) for row in self.rows] or [np.arange(0)])
+
+    def blocks(self, size: int) -> NDArray[np.int64]:
+        """(N,) stretches of ``size`` neighbouring tokens of one document, numbered through."""
+        sizes = [row.tokens for row in self.rows]
+        first = np.cumsum([0, *(-(-tokens // size) for tokens in sizes)])[:-1]
+        return np.repeat(first, sizes) + self.positions() // size
+
+
+def _joined(parts: Sequence[Floats]) -> Floats:
+    return np.concatenate(parts) if parts else np.zeros(0, np.float32)

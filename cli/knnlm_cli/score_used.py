@@ -1,0 +1,78 @@
+"""What a run of `knnlm score` uses, and who chose it: the command line, the datastore's calibration, or nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from knnlm_cli.score_settings import ScoreSettings
+from knnlm_core.errors import InvalidParameter
+from knnlm_core.windows import check_window
+from knnlm_server.api.schemas.score import DEFAULT_WINDOW
+
+COMMAND_LINE = "command line"
+DEFAULT = "default"
+RETRIEVAL = ("k", "temperature", "lambda", "gate")
+
+
+class Setting(NamedTuple):
+    """A value in use, and who chose it."""
+
+    value: int | float | str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What the scores were made with.
+
+    Attributes:
+        datastore, version: None for the LM alone.
+        calibration: id of the calibration beside the version, if there is one.
+        retrieval: k, temperature, lambda and gate; empty for the LM alone.
+        windows: window and stride, in tokens.
+    """
+
+    model: str
+    model_fingerprint: str
+    datastore: str | None
+    version: str | None
+    calibration: str | None
+    retrieval: Mapping[str, Setting]
+    windows: Mapping[str, Setting]
+
+
+def choose_windows(settings: ScoreSettings, max_length: int) -> dict[str, Setting]:
+    """Window and stride for an LM with a context of ``max_length`` tokens; defaults as in building and serving.
+
+    Raises: InvalidParameter: they are out of bounds.
+    """
+    window = Setting(min(DEFAULT_WINDOW, max_length), DEFAULT)
+    if settings.window is not None:
+        window = Setting(settings.window, COMMAND_LINE)
+    stride = Setting(max(1, int(window.value) // 2), DEFAULT)
+    if settings.stride is not None:
+        stride = Setting(settings.stride, COMMAND_LINE)
+    check_window(int(window.value), int(stride.value), max_length)
+    return {"window": window, "stride": stride}
+
+
+def choose_retrieval(settings: ScoreSettings, name: str, calibration: Mapping[str, Any] | None) -> dict[str, Setting]:
+    """The command line's settings over those of the calibration of datastore ``name``.
+
+    Args:     calibration: id, k, temperature, lambda and gate, as `/v1/datastores` names them.
+    Raises:   InvalidParameter: neither says anything of k, τ or λ.
+    """
+    given = settings.knn_given()
+    found: dict[str, Setting] = {}
+    for field in RETRIEVAL:
+        if field in given:
+            found[field] = Setting(given[field], COMMAND_LINE)
+        elif calibration is not None:
+            found[field] = Setting(calibration[field], f"calibration {calibration['id']}")
+        elif field == "gate":
+            found[field] = Setting("always", DEFAULT)
+        else:
+            raise InvalidParameter(f"datastore {name!r} has no calibration, so --{field} must be given", param=field)
+    return found

@@ -1,0 +1,176 @@
+"""``POST /v1/neighbors``: what a datastore would retrieve after a context, in the text that it comes from."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from knnlm_core.datastore.documents import Document, EntryLocation
+from knnlm_core.datastore.reader import Datastore
+from knnlm_core.errors import InvalidParameter, KnnlmError, PromptTooLong
+from knnlm_core.knn.gates import Gate
+from knnlm_core.lm.tokenizer import Tokenizer
+from knnlm_core.mixture import Retrieval
+from knnlm_server.api.disconnect import until_disconnect
+from knnlm_server.api.json_route import JsonRoute
+from knnlm_server.api.schemas.common import TokenIds
+from knnlm_server.api.schemas.neighbors import RESPONSES, NeighborsBody
+from knnlm_server.api.security import KeyRequired
+from knnlm_server.api.selection import Selection, select
+from knnlm_server.api.shared_lease import SharedLease
+from knnlm_server.api.state import Backend, service
+from knnlm_server.api.window_call import WindowCall
+from knnlm_server.engine.neighbors import ContextNeighbors, NeighborsRequest, NextTokens
+
+router = APIRouter(route_class=JsonRoute, dependencies=[KeyRequired])
+
+
+@router.post("/v1/neighbors", summary="Look up neighbours", response_model=None, responses=RESPONSES)
+async def neighbors(body: NeighborsBody, request: Request) -> Response:
+    """Search a datastore after each context: the entries found with their source, and what they say comes next."""
+    state = service(request)
+    body.log_unknown()
+    body.check()
+    backend = state.require()
+    selection = select(state, body.model, body.knn, body.exclude_documents)
+    lease = SharedLease(selection)
+    try:
+        return JSONResponse(await until_disconnect(request, _answer(body, request, backend, selection, lease)))
+    finally:
+        lease.drop()
+
+
+async def _answer(
+    body: NeighborsBody, request: Request, backend: Backend, selection: Selection, lease: SharedLease
+) -> dict[str, Any]:
+    if selection.retrieval is None:
+        raise InvalidParameter("neighbours need a datastore, and this request names none", param="model")
+    contexts = await asyncio.to_thread(_read_contexts, backend, body)
+    retrieval = replace(selection.retrieval, gate=Gate.ALWAYS)
+    found = await _find(backend, lease, _Plan(request.state.request_id, contexts, retrieval, body.limit))
+    results = await lease.in_thread(_render, backend.tokenizer, lease.datastore, found, body.context_chars)
+    return {
+        "object": "neighbors",
+        "model": selection.model,
+        "system_fingerprint": selection.system_fingerprint,
+        "results": [
+            {"index": index, "tokens": len(context), **result}
+            for index, (context, result) in enumerate(zip(contexts, results, strict=True))
+        ],
+    }
+
+
+def _read_contexts(backend: Backend, body: NeighborsBody) -> list[list[int]]:
+    return [_read(backend, given, index) for index, given in enumerate(body.contexts())]
+
+
+def _read(backend: Backend, given: str | TokenIds, index: int) -> list[int]:
+    if isinstance(given, str):
+        token_ids = backend.tokenizer.encode(given)
+    else:
+        token_ids = given
+        backend.tokenizer.check_ids(given, backend.lm.identity.vocab_size, param="input")
+    limit = backend.lm.max_length
+    if not token_ids:
+        raise InvalidParameter(f"`input` must hold at least 1 token per context, context {index} has 0", param="input")
+    if len(token_ids) > limit:
+        raise PromptTooLong(
+            f"`input` must hold at most {limit} tokens per context, the model's context, "
+            f"context {index} has {len(token_ids)}",
+            param="input",
+        )
+    return token_ids
+
+
+class _Plan(NamedTuple):
+    request_id: str
+    contexts: list[list[int]]
+    retrieval: Retrieval
+    limit: int
+
+
+async def _find(backend: Backend, lease: SharedLease, plan: _Plan) -> list[ContextNeighbors]:
+    ended: asyncio.Future[KnnlmError | None] = asyncio.get_running_loop().create_future()
+    call = WindowCall(backend.engine, lease, lambda error: None if ended.done() else ended.set_result(error))
+    found: list[ContextNeighbors] = []
+    call.submit(
+        NeighborsRequest(
+            *plan,
+            on_context=lambda _, neighbors: call.report(found.append, neighbors),
+            on_end=call.end,
+        )
+    )
+    try:
+        error = await ended
+    finally:
+        call.abort()
+    if error is not None:
+        raise error
+    return found
+
+
+# -- rendering ---------------------------------------------------------------------------------------------------------
+
+
+def _render(
+    tokenizer: Tokenizer, datastore: Datastore, found: Sequence[ContextNeighbors], context_chars: int
+) -> list[dict[str, Any]]:
+    entry_ids = sorted({entry_id for context in found for entry_id in context.nearest.entry_ids.tolist()})
+    sources = _sources(datastore, entry_ids, context_chars)
+    return [
+        {
+            "neighbors": [
+                {
+                    "entry_id": entry_id,
+                    "distance": distance,
+                    "weight": weight,
+                    "token_id": value,
+                    "token": tokenizer.token_text(value),
+                    **sources[entry_id],
+                }
+                for entry_id, distance, value, weight in zip(
+                    *(column.tolist() for column in context.nearest), strict=True
+                )
+            ],
+            "next_tokens": _next_tokens(tokenizer, context.next_tokens),
+        }
+        for context in found
+    ]
+
+
+def _sources(datastore: Datastore, entry_ids: Sequence[int], context_chars: int) -> dict[int, dict[str, Any]]:
+    """Where entries, in order, stand, and the text around them; each document is read once."""
+    sources: dict[int, dict[str, Any]] = {}
+    document: Document | None = None
+    for place in datastore.locate(entry_ids):
+        if document is None or document.id != place.document_id:
+            document = datastore.document(place.document_id)
+        sources[place.entry_id] = _source(place, document.text, context_chars)
+    return sources
+
+
+def _source(place: EntryLocation, text: str, context_chars: int) -> dict[str, Any]:
+    start, end = place.char_start, place.char_end
+    return {
+        "document_id": place.document_id,
+        "uri": place.uri,
+        "title": place.title,
+        "licence": place.licence,
+        "char_start": start,
+        "char_end": end,
+        "before": text[max(0, start - context_chars) : start],
+        "text": text[start:end],
+        "after": text[end : end + context_chars],
+    }
+
+
+def _next_tokens(tokenizer: Tokenizer, tokens: NextTokens) -> list[dict[str, Any]]:
+    return [
+        {"token_id": token_id, "token": tokenizer.token_text(token_id), "p_knn": p_knn, "p_lm": p_lm, "p": p}
+        for token_id, p_knn, p_lm, p in zip(*(column.tolist() for column in tokens), strict=True)
+    ]

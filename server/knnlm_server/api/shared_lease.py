@@ -1,0 +1,48 @@
+"""A lease with several holders: the route, its engine request, and threads that read the datastore."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from knnlm_core.datastore.reader import Datastore
+from knnlm_server.api.selection import Selection
+
+T = TypeVar("T")
+
+
+class SharedLease:
+    """Gives a selection's lease back when the last holder lets go; the maker is the first. On the event loop only."""
+
+    def __init__(self, selection: Selection) -> None:
+        self._selection = selection
+        self._holders = 1
+
+    @property
+    def datastore(self) -> Datastore | None:
+        """What the lease is for, if there is one."""
+        return self._selection.lease.datastore if self._selection.lease is not None else None
+
+    def hold(self) -> None:
+        """One holder more."""
+        self._holders += 1
+
+    def drop(self) -> None:
+        """One holder less."""
+        self._holders -= 1
+        assert self._holders >= 0, "a lease was dropped twice. This is a bug."
+        if not self._holders:
+            self._selection.release()
+
+    async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
+        """Call a function on a thread that holds the lease until it returns, also where nobody waits any more."""
+        task = asyncio.ensure_future(asyncio.to_thread(function, *args))
+        self.hold()
+        task.add_done_callback(self._thread_ended)
+        return await asyncio.shield(task)
+
+    def _thread_ended(self, task: asyncio.Future[Any]) -> None:
+        self.drop()
+        if not task.cancelled():
+            task.exception()  # seen, whether or not somebody still waits
