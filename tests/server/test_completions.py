@@ -247,6 +247,7 @@ def test_usage_counts_the_tokens_of_all_prompts_and_choices(live_server: LiveSer
         "prompt_tokens": prompt_tokens,
         "completion_tokens": 12,
         "total_tokens": prompt_tokens + 12,
+        "prompt_tokens_details": answer["usage"]["prompt_tokens_details"],
         "knn": {"searched": 12, "followed": 0, "skipped": 0, "drafted": 0, "accepted": 0},
     }
 
