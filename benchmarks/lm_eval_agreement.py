@@ -103,9 +103,11 @@ def draw(axes: Any, columns: Mapping[str, list[float]], pages: list[dict[str, An
     for i, (name, log_likelihoods) in enumerate(columns.items()):
         bits = -np.array(log_likelihoods) / sizes / math.log(2)
         axes.bar(np.arange(len(pages)) + (i - 2) * 0.16, bits, 0.16, label=name)
-    axes.set_xticks(range(len(pages)), [page["id"].removesuffix(".html") for page in pages], rotation=20, ha="right")
+    names = [page["id"].removesuffix(".html") for page in pages]
+    axes.set_xticks(range(len(pages)), names, rotation=15, ha="right", fontsize="small")
     axes.set(ylabel="bits per byte", title="The same pages through lm-evaluation-harness and recomputed")
-    axes.legend(ncols=2, fontsize="small")
+    axes.margins(y=0.3)  # room for the legend
+    axes.legend(ncols=3, fontsize="small", loc="upper center")
 
 
 def perplexities(log_likelihoods: list[float], pages: list[dict[str, Any]]) -> dict[str, float]:
