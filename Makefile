@@ -13,7 +13,7 @@ STAGE = @printf '%s\n' >&2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install model demo test check format bench docs lock clean
+.PHONY: help install model demo test fuzz check format bench docs lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ demo: $(MODEL_WHEEL) ## Build a datastore, serve it, complete a prompt with and 
 
 test: $(INSTALLED) ## Run the tests (ARGS="-k name -x" to choose)
 	@$(BIN)/python -m pytest $(ARGS)
+
+fuzz: $(INSTALLED) ## Let schemathesis try 20,000 requests and more on every route; writes benchmarks/results/schemathesis.*
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(ARGS)
 
 check: $(INSTALLED) ## Formatting, lint, types, import arrows, generated documentation
 	$(STAGE) "[check] ruff format"

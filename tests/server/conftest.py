@@ -11,11 +11,8 @@ import pytest
 import torch
 from exact_reference import ExactReference
 from live_server import LiveServer, wait_until
-from small_stores import Published, Start, write_corpus
+from small_stores import Published, Start, publish
 
-from knnlm_builder.pipeline import build_with
-from knnlm_builder.progress import SilentReporter
-from knnlm_builder.settings import BuildSettings
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.loading import LoadOptions, load_lm
@@ -47,26 +44,7 @@ def lm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def published(lm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Published:
-    folder = tmp_path_factory.mktemp("server")
-    lm = load_lm(str(lm_folder), LoadOptions())
-
-    def build(name: str, prefix: str, seed: int) -> str:
-        settings = BuildSettings(
-            model=str(lm_folder),
-            inputs=(write_corpus(folder / f"{prefix}.jsonl", prefix, documents=6, sentences=7, seed=seed),),
-            output=folder / "datastores",
-            name=name,
-            window=128,
-            stride=64,
-            held_out_max_tokens=128,
-            shard_entries=300,
-            force=True,
-        )
-        return build_with(lm, settings, SilentReporter()).version
-
-    versions = [build("law", "old", 1), build("law", "new", 2), build("news", "news", 3)]
-    lm.close()
-    return Published(lm_folder, folder / "datastores", *versions)
+    return publish(lm_folder, tmp_path_factory.mktemp("server"))
 
 
 @pytest.fixture

@@ -89,6 +89,14 @@ class LiveServer:
     def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
         return self.http.post(path, json=body)
 
+    def begin(self, path: str, body: dict[str, Any]) -> socket.socket:
+        """Send a request whose answer nobody has read yet."""
+        content = json.dumps(body).encode()
+        connection = socket.create_connection(("127.0.0.1", self.port))
+        head = f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+        connection.sendall(f"{head}\r\n\r\n".encode() + content)
+        return connection
+
     def complete(self, prompt: Any, **body: Any) -> dict[str, Any]:
         """A completion; greedy unless told otherwise."""
         response = self.post("/v1/completions", {"prompt": prompt, "temperature": 0, **body})

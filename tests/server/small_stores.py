@@ -10,6 +10,11 @@ from typing import NamedTuple
 
 from live_server import LiveServer
 
+from knnlm_builder.pipeline import build_with
+from knnlm_builder.progress import SilentReporter
+from knnlm_builder.settings import BuildSettings
+from knnlm_core.lm.loading import LoadOptions, load_lm
+
 WHO = ("The tenant", "A buyer", "Der Käufer", "The court", "An owner", "The café’s landlord")
 DOES = ("may refuse", "shall return", "must keep", "schuldet", "has lost", "can sell")
 WHAT = ("the goods", "every key", "half of the rent (50 €)", "a written notice", "the index", "its value 🙂")
@@ -39,6 +44,29 @@ class Published(NamedTuple):
     law_old: str
     law_new: str
     news: str
+
+
+def publish(model: Path, folder: Path) -> Published:
+    """Build the datastores with the LM that lies in ``model``."""
+    lm = load_lm(str(model), LoadOptions())
+
+    def build(name: str, prefix: str, seed: int) -> str:
+        settings = BuildSettings(
+            model=str(model),
+            inputs=(write_corpus(folder / f"{prefix}.jsonl", prefix, documents=6, sentences=7, seed=seed),),
+            output=folder / "datastores",
+            name=name,
+            window=128,
+            stride=64,
+            held_out_max_tokens=128,
+            shard_entries=300,
+            force=True,
+        )
+        return build_with(lm, settings, SilentReporter()).version
+
+    versions = [build("law", "old", 1), build("law", "new", 2), build("news", "news", 3)]
+    lm.close()
+    return Published(model, folder / "datastores", *versions)
 
 
 # Starts a server with settings of its own; ``wait=False`` returns before it is ready.

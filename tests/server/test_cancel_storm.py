@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -29,15 +27,6 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def begin(server: LiveServer, path: str, body: dict[str, Any]) -> socket.socket:
-    """Send a request whose answer nobody waits for."""
-    content = json.dumps(body).encode()
-    connection = socket.create_connection(("127.0.0.1", server.port))
-    head = f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
-    connection.sendall(f"{head}\r\n\r\n".encode() + content)
-    return connection
-
-
 def resources(server: LiveServer) -> dict[str, float]:
     process = psutil.Process()
     figures = server.http.get("/metrics").text.splitlines()
@@ -57,7 +46,7 @@ def test_two_hundred_abandoned_requests_leave_the_server_as_it_was(published: Pu
     before = resources(server)
     with slowed(server.lm, 0.2), ExitStack() as storm:
         for i in range(STORM):
-            storm.enter_context(begin(server, *KINDS[i % len(KINDS)]))
+            storm.enter_context(server.begin(*KINDS[i % len(KINDS)]))
         # Some generate, some are scored, most wait.
         wait_until(lambda: sum(server.backend.engine.load()) >= STORM // 2)
         assert server.backend.engine.load().waiting > STORM // 4

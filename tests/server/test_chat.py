@@ -14,7 +14,8 @@ from live_server import LiveServer, parse_events, wait_until
 from small_stores import Published, Start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from knnlm_server.api.schemas.chat import ChatBody, ChatCompletion
+from knnlm_server.api.schemas.chat import ChatBody
+from knnlm_server.api.schemas.chat_answers import ChatCompletion
 from knnlm_server.settings import ServerSettings
 
 ASK: list[dict[str, Any]] = [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -23,22 +21,13 @@ def slow_server(live_server: LiveServer) -> Iterator[LiveServer]:
         yield live_server
 
 
-def send(server: LiveServer, path: str, body: dict[str, Any]) -> socket.socket:
-    """A request whose answer nobody has read yet."""
-    content = json.dumps(body).encode()
-    connection = socket.create_connection(("127.0.0.1", server.port))
-    head = f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
-    connection.sendall(f"{head}\r\n\r\n".encode() + content)
-    return connection
-
-
 def check_freed(server: LiveServer) -> None:
     wait_until(server.is_idle, within_s=SOON_S)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_leaving_while_tokens_come_frees_slot_and_lease(slow_server: LiveServer, stream: bool) -> None:
-    connection = send(slow_server, "/v1/completions", {**BODY, "stream": stream})
+    connection = slow_server.begin("/v1/completions", {**BODY, "stream": stream})
     wait_until(lambda: slow_server.lm.num_free_sequences == slow_server.lm.num_sequences - 2)
     assert slow_server.leases() == 1
     if stream:
@@ -58,15 +47,15 @@ def test_leaving_a_stream_with_an_ordinary_client_frees_it(slow_server: LiveServ
 def test_leaving_before_anything_is_answered_frees_it(live_server: LiveServer, stream: bool) -> None:
     with slowed(live_server.lm, 0.1):
         for _ in range(10):
-            send(live_server, "/v1/completions", {**BODY, "stream": stream}).close()
+            live_server.begin("/v1/completions", {**BODY, "stream": stream}).close()
         check_freed(live_server)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_leaving_while_waiting_for_a_slot_frees_it(slow_server: LiveServer, stream: bool) -> None:
-    wide = send(slow_server, "/v1/completions", {**BODY, "n": 8})
+    wide = slow_server.begin("/v1/completions", {**BODY, "n": 8})
     wait_until(lambda: not slow_server.lm.num_free_sequences)
-    waiting = [send(slow_server, "/v1/completions", {**BODY, "stream": stream}) for _ in range(3)]
+    waiting = [slow_server.begin("/v1/completions", {**BODY, "stream": stream}) for _ in range(3)]
     wait_until(lambda: slow_server.backend.engine.load().waiting == 3)
     for connection in waiting:
         connection.close()
@@ -86,7 +75,7 @@ def test_leaving_a_score_frees_it(live_server: LiveServer) -> None:
     live_server.lm.encode = encode_slowly  # type: ignore[method-assign]
     try:
         body = {"input": ["The tenant must keep every key. " * 20] * 400, "model": "tiny-lm@law", "window": 256}
-        connection = send(live_server, "/v1/score", body)
+        connection = live_server.begin("/v1/score", body)
         wait_until(lambda: live_server.backend.engine.load().scoring == 1)
         connection.close()
         check_freed(live_server)
@@ -98,7 +87,7 @@ def test_others_are_not_disturbed(live_server: LiveServer) -> None:
     body = {"model": "tiny-lm@law", "max_tokens": 20, "seed": 1, "temperature": 1.0}
     need = live_server.complete("A buyer", **body)["choices"]
     with slowed(live_server.lm, 0.05):
-        leaving = [send(live_server, "/v1/completions", {**BODY, "stream": i % 2 == 0, "n": 1}) for i in range(5)]
+        leaving = [live_server.begin("/v1/completions", {**BODY, "stream": i % 2 == 0, "n": 1}) for i in range(5)]
         wait_until(lambda: live_server.lm.num_free_sequences <= 3)
         timer = threading.Timer(0.3, lambda: [connection.close() for connection in leaving])
         timer.start()

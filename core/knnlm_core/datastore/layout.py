@@ -28,8 +28,10 @@ MANIFEST = "manifest.json"
 TRAINED = "trained.faiss"
 VALUES = "values.arrow"
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-_DIGEST = re.compile(r"[0-9a-f]{16}")
+NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,62}"
+DIGEST_PATTERN = r"[0-9a-f]{16}"
+_NAME = re.compile(NAME_PATTERN)
+_DIGEST = re.compile(DIGEST_PATTERN)
 _RESERVED = frozenset({CALIBRATIONS, "tombstones", "tail", "current"})
 _CURRENT_BYTES = 64  # the longest valid line has 34
 

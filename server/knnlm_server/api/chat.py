@@ -12,7 +12,8 @@ from knnlm_core.lm.tokenizer import Tokenizer
 from knnlm_server.api.chat_rendering import ChatRenderer
 from knnlm_server.api.generation import GenerationJob, GenerationPlan, check_length, check_params, respond
 from knnlm_server.api.json_route import JsonRoute
-from knnlm_server.api.schemas.chat import RESPONSES, ChatBody, Message, TemplateBody, template_messages
+from knnlm_server.api.schemas.chat import ChatBody, Message, TemplateBody, template_messages
+from knnlm_server.api.schemas.chat_answers import RESPONSES
 from knnlm_server.api.security import KeyRequired
 from knnlm_server.api.selection import select
 from knnlm_server.api.state import service

@@ -22,7 +22,7 @@ from knnlm_server.api.openapi_errors import (
     required_header,
     unauthorized,
 )
-from knnlm_server.api.schemas.chat import ChatChunk
+from knnlm_server.api.schemas.chat_answers import ChatChunk
 from knnlm_server.api.schemas.completions import CompletionChunk
 from knnlm_server.api.schemas.errors import ErrorBody
 from knnlm_server.api.schemas.events import SCHEMAS

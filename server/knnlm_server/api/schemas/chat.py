@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic.config import JsonDict
-from pydantic.json_schema import SkipJsonSchema
 
 from knnlm_core.errors import InvalidParameter, UnsupportedFeature
-from knnlm_server.api.schemas.answers import Answer, TokenTraceEntry, Usage
 from knnlm_server.api.schemas.common import Body, Text
-from knnlm_server.api.schemas.events import event_stream
-from knnlm_server.api.schemas.generation import GenerationBody
+from knnlm_server.api.schemas.generation import GENERATION_EXAMPLE, STREAM_EXAMPLE, GenerationBody
 from knnlm_server.api.schemas.limits import shown
-from knnlm_server.engine.events import FinishReason
 from knnlm_server.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 
 MAX_MESSAGES = 4096
@@ -111,44 +107,21 @@ def _content(content: str | list[Part], where: str) -> str:
     return "\n".join(part.text or "" for part in content)
 
 
-# All fields at once, and in agreement.
 _EXAMPLE: JsonDict = {
+    **GENERATION_EXAMPLE,
     "messages": [
         {"role": "system", "content": "Answer briefly."},
         {"role": "user", "content": [{"type": "text", "text": "May the tenant refuse?"}], "name": "Ann"},
     ],
     "max_tokens": 8,
     "max_completion_tokens": 8,
-    "min_tokens": 2,
-    "temperature": 0.7,
-    "top_p": 0.95,
-    "top_k": 40,
-    "min_p": 0.01,
-    "n": 2,
-    "stop": ["\n\n"],
-    "stop_token_ids": [2],
-    "include_stop_str_in_output": True,
-    "seed": 7,
-    "presence_penalty": 0.1,
-    "frequency_penalty": 0.1,
-    "repetition_penalty": 1.1,
-    "logit_bias": {"11": -1.5},
-    "ignore_eos": False,
-    "skip_special_tokens": True,
     "logprobs": True,
     "top_logprobs": 3,
     "add_generation_prompt": True,
     "continue_final_message": False,
     "chat_template_kwargs": {},
-    "stream": False,
-    "knn": {"datastore": "law", "k": 32, "temperature": 10.0, "lambda": 0.25, "gate": "always", "trace": True},
 }
-_STREAMED: JsonDict = {
-    "messages": [{"role": "user", "content": "May the tenant refuse?"}],
-    "max_tokens": 8,
-    "stream": True,
-    "stream_options": {"include_usage": True, "continuous_usage_stats": False},
-}
+_STREAMED: JsonDict = {**STREAM_EXAMPLE, "messages": [{"role": "user", "content": "May the tenant refuse?"}]}
 
 
 class ChatBody(GenerationBody, TemplateBody):
@@ -216,89 +189,3 @@ class ChatBody(GenerationBody, TemplateBody):
             max_tokens=max(1, min(DEFAULT_MAX_TOKENS, room)) if given is None else given,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
-
-
-# -- answers -----------------------------------------------------------------------------------------------------------
-
-
-class TokenLogProb(Answer):
-    """A token that might have been."""
-
-    token: str
-    logprob: float = Field(description="Natural log, of the mixture, before penalties and temperature.")
-    bytes: list[Annotated[int, Field(ge=0, le=255)]] = Field(description="Of the token alone; none in padded ids.")
-
-
-class ChosenLogProb(TokenLogProb):
-    """A token of the answer."""
-
-    top_logprobs: list[TokenLogProb] = Field(max_length=MAX_LOGPROBS, description="Most probable first.")
-
-
-class ChatLogProbs(Answer):
-    """Log-probabilities of a choice's tokens, one that ended it included."""
-
-    content: list[ChosenLogProb]
-    refusal: None
-
-
-class ChatMessage(Answer):
-    """What the model says."""
-
-    role: Literal["assistant"]
-    content: str
-    refusal: None
-
-
-class ChatChoice(Answer):
-    """One answer to the conversation."""
-
-    index: int = Field(ge=0)
-    message: ChatMessage
-    logprobs: ChatLogProbs | None
-    finish_reason: FinishReason
-    knn: list[TokenTraceEntry] | None = Field(default=None, description="Only with `knn.trace`.")
-
-
-class ChatCompletion(Answer):
-    """The answer in one piece."""
-
-    id: str
-    object: Literal["chat.completion"]
-    created: int = Field(ge=0)
-    model: str
-    system_fingerprint: str
-    choices: list[ChatChoice] = Field(min_length=1)
-    usage: Usage
-
-
-class ChatDelta(Answer):
-    """What is new of a message; a choice begins with its role."""
-
-    role: Literal["assistant"] | SkipJsonSchema[None] = None
-    content: str | SkipJsonSchema[None] = None
-
-
-class ChatPiece(Answer):
-    """What is new of a choice."""
-
-    index: int = Field(ge=0)
-    delta: ChatDelta
-    logprobs: ChatLogProbs | None
-    finish_reason: FinishReason | None
-    knn: list[TokenTraceEntry] | SkipJsonSchema[None] = Field(default=None, description="Only with `knn.trace`.")
-
-
-class ChatChunk(Answer):
-    """An event of a stream; the one that carries the usage of the whole has no choice."""
-
-    id: str
-    object: Literal["chat.completion.chunk"]
-    created: int = Field(ge=0)
-    model: str
-    system_fingerprint: str
-    choices: list[ChatPiece] = Field(max_length=1)
-    usage: Usage | None = None
-
-
-RESPONSES: dict[int | str, dict[str, Any]] = {200: {"model": ChatCompletion, "content": event_stream(ChatChunk)}}

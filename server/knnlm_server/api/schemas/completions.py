@@ -12,7 +12,7 @@ from knnlm_core.errors import InvalidParameter, UnsupportedFeature
 from knnlm_server.api.schemas.answers import Answer, TokenTraceEntry, Usage
 from knnlm_server.api.schemas.common import Text, Texts, TokenIds
 from knnlm_server.api.schemas.events import event_stream
-from knnlm_server.api.schemas.generation import GenerationBody
+from knnlm_server.api.schemas.generation import GENERATION_EXAMPLE, STREAM_EXAMPLE, GenerationBody
 from knnlm_server.api.schemas.limits import shown
 from knnlm_server.engine.events import FinishReason
 from knnlm_server.engine.sampling_params import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
@@ -20,39 +20,16 @@ from knnlm_server.engine.sampling_params import MAX_CHOICES, MAX_LOGPROBS, Sampl
 MAX_PROMPTS = 1024
 _PROMPTS = shown(minItems=1, maxItems=MAX_PROMPTS)
 _PromptIds = Annotated[TokenIds, shown(minItems=1)]
-# All fields at once, and in agreement.
 _EXAMPLE: JsonDict = {
+    **GENERATION_EXAMPLE,
     "prompt": "The tenant may refuse",
     "max_tokens": 8,
-    "min_tokens": 2,
-    "temperature": 0.7,
-    "top_p": 0.95,
-    "top_k": 40,
-    "min_p": 0.01,
-    "n": 2,
     "best_of": 2,
-    "stop": ["\n\n"],
-    "stop_token_ids": [2],
-    "include_stop_str_in_output": True,
-    "seed": 7,
-    "presence_penalty": 0.1,
-    "frequency_penalty": 0.1,
-    "repetition_penalty": 1.1,
-    "logit_bias": {"11": -1.5},
-    "ignore_eos": False,
-    "skip_special_tokens": True,
     "logprobs": 3,
     "echo": True,
     "suffix": "",
-    "stream": False,
-    "knn": {"datastore": "law", "k": 32, "temperature": 10.0, "lambda": 0.25, "gate": "always", "trace": True},
 }
-_STREAMED: JsonDict = {
-    "prompt": "The tenant may refuse",
-    "max_tokens": 8,
-    "stream": True,
-    "stream_options": {"include_usage": True, "continuous_usage_stats": False},
-}
+_STREAMED: JsonDict = {**STREAM_EXAMPLE, "prompt": "The tenant may refuse"}
 
 
 class CompletionBody(GenerationBody):

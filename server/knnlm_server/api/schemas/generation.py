@@ -6,6 +6,7 @@ import re
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
 
 from knnlm_core.errors import InvalidParameter, UnsupportedFeature
 from knnlm_server.api.schemas.common import Body, KnnBody, Text, TokenIds
@@ -45,6 +46,33 @@ _SAMPLING = (
     "repetition_penalty",
     "min_tokens",
 )
+
+# All fields at once, and in agreement.
+GENERATION_EXAMPLE: JsonDict = {
+    "min_tokens": 2,
+    "temperature": 0.7,
+    "top_p": 0.95,
+    "top_k": 40,
+    "min_p": 0.01,
+    "n": 2,
+    "stop": ["\n\n"],
+    "stop_token_ids": [2],
+    "include_stop_str_in_output": True,
+    "seed": 7,
+    "presence_penalty": 0.1,
+    "frequency_penalty": 0.1,
+    "repetition_penalty": 1.1,
+    "logit_bias": {"11": -1.5},
+    "ignore_eos": False,
+    "skip_special_tokens": True,
+    "stream": False,
+    "knn": {"datastore": "law", "k": 32, "temperature": 10.0, "lambda": 0.25, "gate": "always", "trace": True},
+}
+STREAM_EXAMPLE: JsonDict = {
+    "max_tokens": 8,
+    "stream": True,
+    "stream_options": {"include_usage": True, "continuous_usage_stats": False},
+}
 
 
 class StreamOptions(BaseModel):
