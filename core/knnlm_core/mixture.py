@@ -96,40 +96,63 @@ def find(keys: Tensor, retrievals: Sequence[Retrieval | None]) -> Found:
         keys: (B, D) float32.
         retrievals: per row, None for a row of the plain LM.
     """
-    groups: defaultdict[tuple[int, tuple[EntryRange, ...]], list[int]] = defaultdict(list)
-    for row, retrieval in enumerate(retrievals):
-        if retrieval is not None and retrieval.gate is Gate.ALWAYS:
-            groups[id(retrieval.datastore), retrieval.exclude].append(row)
+    groups = _groups(retrievals)
     device, batch = keys.device, len(retrievals)
     searched_rows = [row for rows in groups.values() for row in rows]
     ks = torch.tensor([r.k if r else 0 for r in retrievals], device=device)
     width = max((retrievals[row].k for row in searched_rows), default=1)  # type: ignore[union-attr]
-    neighbors = Neighbors(
-        torch.full((batch, width), -1, dtype=torch.int64, device=device),
-        torch.full((batch, width), math.inf, device=device),
-        torch.full((batch, width), -1, dtype=torch.int64, device=device),
-    )
+    neighbors: Neighbors | None = None
     failures: dict[int, KnnlmError] = {}
     for (_, exclude), rows in groups.items():
         retrieval = retrievals[rows[0]]
         assert retrieval is not None
         k = int(ks[rows].max())
+        everything = len(rows) == batch
         try:
-            parts = retrieval.datastore.search(keys[rows], k, exclude=exclude)
+            parts = retrieval.datastore.search(keys if everything else keys[rows], k, exclude=exclude)
         except KnnlmError as error:
             failures.update(dict.fromkeys(rows, error))
             continue
+        if everything:  # as in scoring: nothing to put together
+            neighbors = Neighbors(*(part.to(device) for part in parts))
+            break
+        neighbors = neighbors or _no_neighbors(batch, width, device)
         for into, part in zip(neighbors, parts, strict=True):
             into[rows, :k] = part.to(device)
-    # A row that asked for fewer neighbours than its group sees only its own.
-    beyond = torch.arange(width, device=device)[None] >= ks[:, None]
-    neighbors.entry_ids[beyond] = -1
+    neighbors = neighbors or _no_neighbors(batch, width, device)
+    if bool((ks < width).any()):
+        # A row that asked for fewer neighbours than its group sees only its own.
+        beyond = torch.arange(width, device=device)[None] >= ks[:, None]
+        neighbors = neighbors._replace(entry_ids=neighbors.entry_ids.masked_fill(beyond, -1))
 
     searched = torch.zeros(batch, dtype=torch.bool, device=device)
     searched[searched_rows] = True
     lmbda = torch.tensor([r.lmbda if r else 0.0 for r in retrievals], device=device)
     tau = torch.tensor([r.knn_temperature if r else 1.0 for r in retrievals], device=device)
     return Found(searched, torch.where(has_neighbors(neighbors), lmbda, 0.0), neighbors, tau, failures)
+
+
+def _groups(retrievals: Sequence[Retrieval | None]) -> Mapping[tuple[int, tuple[EntryRange, ...]], list[int]]:
+    """Rows to search for, by snapshot and exclusion."""
+    # The rows of a request share its retrieval: an exclusion of many documents is hashed once, not once per row.
+    rows_of: defaultdict[int, list[int]] = defaultdict(list)
+    for row, retrieval in enumerate(retrievals):
+        if retrieval is not None and retrieval.gate is Gate.ALWAYS:
+            rows_of[id(retrieval)].append(row)
+    groups: defaultdict[tuple[int, tuple[EntryRange, ...]], list[int]] = defaultdict(list)
+    for rows in rows_of.values():
+        retrieval = retrievals[rows[0]]
+        assert retrieval is not None
+        groups[id(retrieval.datastore), retrieval.exclude].extend(rows)
+    return groups
+
+
+def _no_neighbors(batch: int, width: int, device: torch.device) -> Neighbors:
+    return Neighbors(
+        torch.full((batch, width), -1, dtype=torch.int64, device=device),
+        torch.full((batch, width), math.inf, device=device),
+        torch.full((batch, width), -1, dtype=torch.int64, device=device),
+    )
 
 
 def mix_rows(lm_log_probs: Tensor, keys: Tensor, retrievals: Sequence[Retrieval | None]) -> MixedRows:

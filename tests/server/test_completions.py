@@ -397,8 +397,7 @@ def test_logprobs_have_one_entry_per_generated_token(live_server: LiveServer, mo
     columns = zip(*(logprobs[name] for name in ("tokens", "token_logprobs", "top_logprobs")), strict=True)
     for token, log_prob, top in columns:
         assert log_prob <= 0
-        # The same float in both, unless a likelier token has the same text, as half characters do.
-        assert top[token] == log_prob or ("\ufffd" in token and top[token] > log_prob)
+        assert top[token] == log_prob  # the very same float
         assert 1 <= len(top) <= most + 1
     offsets = np.cumsum([0, *map(len, logprobs["tokens"])])[:-1]
     assert logprobs["text_offset"] == offsets.tolist()
@@ -413,8 +412,8 @@ def test_logprobs_are_those_before_penalties_and_temperature(live_server: LiveSe
     )["logprobs"]
     (top,), (changed_top,) = plain["top_logprobs"], changed["top_logprobs"]
     assert len(top) == 3
-    for text, log_prob in top.items():
-        assert changed_top[text] == pytest.approx(log_prob, abs=1e-5)
+    # The token drawn comes on top of the three; which of several half characters keeps the name depends on it.
+    assert sorted(changed_top.values())[-3:] == pytest.approx(sorted(top.values()), abs=1e-5)
 
 
 def test_an_impossible_token_is_reported_as_a_number(live_server: LiveServer) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from exact_reference import ExactReference, Knn
-from live_server import LiveServer
+from live_server import LiveServer, wait_until
 from small_stores import Published
 from transformers import AutoModelForCausalLM
 
@@ -171,3 +172,68 @@ def test_every_chunk_carries_the_usage_so_far_when_asked(live_server: LiveServer
     assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 4, 5, 5]
     assert all(chunk["usage"]["total_tokens"] > chunk["usage"]["completion_tokens"] for chunk in chunks)
     assert chunks[-1]["choices"] == []
+
+
+def test_the_chosen_token_keeps_its_own_float_where_texts_collide(live_server: LiveServer) -> None:
+    prompt = "你好世界 🙂🙃 — Grüße, ça va? 你们好吗"
+    logprobs = only(live_server.complete(prompt, max_tokens=8, ignore_eos=True, echo=True, logprobs=20))["logprobs"]
+    assert sum("\ufffd" in token for token in logprobs["tokens"]) > 8
+    for token, log_prob, top in zip(*(logprobs[name][1:] for name in COLUMNS[:3]), strict=True):
+        assert top[token] == log_prob
+        assert 20 <= len(top) <= 21  # nothing is lost to a token of the same text
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "said"),
+    [
+        ({"n": 0, "best_of": 1}, "n", "`n` must be from 1 to 128, got 0"),
+        ({"n": -1, "best_of": 3}, "n", "`n` must be from 1 to 128, got -1"),
+        ({"best_of": 200}, "best_of", "`best_of` must be from 1 to 128, got 200"),
+        ({"best_of": 50}, "best_of", "`best_of` must be at most 8, .* got 50"),
+        ({"logit_bias": {"5": 10**400}}, "logit_bias", "got an integer of 1329 bits for token 5"),
+        (
+            {"prompt": [[5] * 250] * 200, "n": 8, "echo": True, "max_tokens": 0, "logprobs": 20},
+            "logprobs",
+            "at most 2000000 log-probabilities in one answer, got 400000 tokens × 21 = 8400000",
+        ),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_no_answer_can_hold_is_refused(
+    live_server: LiveServer, body: dict[str, Any], param: str, said: str
+) -> None:
+    response = live_server.post("/v1/completions", {"prompt": PROMPT, **body})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param)
+    assert re.search(said, error["message"]), error["message"]
+
+
+def test_null_means_what_leaving_out_means(live_server: LiveServer) -> None:
+    names = ("echo", "stream", "ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "stream_options")
+    plain = only(live_server.complete(PROMPT, max_tokens=4))
+    assert only(live_server.complete(PROMPT, max_tokens=4, **dict.fromkeys(names))) == plain
+
+
+def test_running_usage_tells_of_searches_and_cached_tokens(live_server: LiveServer) -> None:
+    prompt = [(11 * i) % 400 + 7 for i in range(100)]
+    live_server.complete(prompt, max_tokens=1)
+    options = {"continuous_usage_stats": True}
+    chunks = live_server.stream(prompt, model=LAW, max_tokens=4, ignore_eos=True, logprobs=0, stream_options=options)
+    assert all(chunk["usage"]["prompt_tokens_details"]["cached_tokens"] == 96 for chunk in chunks)
+    searched = [chunk["usage"]["knn"]["searched"] for chunk in chunks]
+    assert searched == sorted(searched)
+    assert searched[0] >= 1
+    assert searched[-1] == 4
+
+
+def test_a_job_that_cannot_be_built_gives_its_lease_back(
+    live_server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no renderer today")
+
+    for place in ("CompletionRenderer.__init__", "GenerationJob._request"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"knnlm_server.api.completions.{place}", fail)
+            assert live_server.post("/v1/completions", {"prompt": PROMPT, "model": LAW}).status_code == 500
+    wait_until(live_server.is_idle)

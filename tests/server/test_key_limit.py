@@ -22,7 +22,9 @@ def test_one_request_more_than_a_key_may_have_is_answered_429(published: Publish
     with Brake(server.lm) as brake:
         streams = [
             server.http.send(
-                server.http.build_request("POST", "/v1/completions", json=BODY | {"stream": True}, headers=bearer("one")),
+                server.http.build_request(
+                    "POST", "/v1/completions", json=BODY | {"stream": True}, headers=bearer("one")
+                ),
                 stream=True,
             )
             for _ in range(2)

@@ -114,7 +114,9 @@ def test_a_value_out_of_bounds_is_named(field: str, value: object) -> None:
     assert caught.value.param == field
 
 
-@pytest.mark.parametrize(("field", "value"), [("port", "http"), ("max_queued", "-1"), ("api_key", ""), ("api_key", "key,")])
+@pytest.mark.parametrize(
+    ("field", "value"), [("port", "http"), ("max_queued", "-1"), ("api_key", ""), ("api_key", "key,")]
+)
 def test_a_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch, field: str, value: str) -> None:
     monkeypatch.setenv(ENV_PREFIX + field.upper(), value)
     with pytest.raises(InvalidParameter, match=f"`{field}`: "):

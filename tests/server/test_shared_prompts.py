@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,15 +9,15 @@ import pytest
 from live_server import LiveServer
 from small_stores import Published, Start
 
-from knnlm_core.lm.prefix_cache import BLOCK_TOKENS
+from knnlm_core.lm.prefix_cache import BLOCK_TOKENS, PrefixCache
 
 LAW = "tiny-lm@law"
 SHARED = [(7 * i) % 480 + 5 for i in range(3 * BLOCK_TOKENS)]
 
 
 @pytest.fixture
-def server(published: Published, start_server: Start) -> Iterator[LiveServer]:
-    yield start_server(datastores=published.root, step_tokens=64)
+def server(published: Published, start_server: Start) -> LiveServer:
+    return start_server(datastores=published.root, step_tokens=64)
 
 
 def cached(answer: dict[str, Any]) -> int:
@@ -82,3 +81,28 @@ def test_many_at_once_with_a_cache_that_hardly_holds_anything(published: Publish
         assert answer["choices"][0]["text"] == need["text"]
     use = small.lm.prefix_cache_use
     assert 0 < use.used_bytes <= use.reserved_bytes <= 40_000
+
+
+@pytest.mark.parametrize("broken", ["_fill", "load"])
+def test_a_cache_that_fails_changes_no_answer(server: LiveServer, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    body = {"max_tokens": 3, "logprobs": 0, "ignore_eos": True}
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("out of memory")
+
+    def log_probs() -> list[float]:
+        answer = server.complete([*SHARED, 9], **body)
+        reused.append(cached(answer))
+        return answer["choices"][0]["logprobs"]["token_logprobs"]
+
+    reused: list[int] = []
+    server.complete([*SHARED[::-1], 9], **body)  # what a block that was never filled might hold
+    with monkeypatch.context() as patch:
+        patch.setattr(PrefixCache, broken, fail)
+        first, second = log_probs(), log_probs()
+    third, fourth = log_probs(), log_probs()
+    for again in (second, third, fourth):
+        assert again == pytest.approx(first, abs=1e-4)
+    whole = len(SHARED)
+    assert reused == [0, 0, 0 if broken == "_fill" else whole, whole]
+    assert server.backend.engine.is_alive

@@ -80,6 +80,12 @@ class BlockIndex:
         self._touch(chain)
         return known, chain[known:]
 
+    def forget(self, blocks: Sequence[int]) -> None:
+        """Take back what `insert` has just made known: the blocks could not be filled."""
+        for block in blocks:
+            del self._ids[self._keys.pop(block)]
+            self._free.append(block)
+
     def _pieces(self, tokens: Sequence[int]) -> Iterator[tuple[int, ...]]:
         for end in range(self.block_tokens, len(tokens) + 1, self.block_tokens):
             yield tuple(tokens[end - self.block_tokens : end])
@@ -142,6 +148,13 @@ class PrefixCache:
     def save(self, slot: int, tokens: Sequence[int]) -> None:
         """Keep the whole blocks of ``tokens``, which a slot holds at its beginning."""
         known, blocks = self._index.insert(tokens)
+        try:
+            self._fill(slot, known, blocks)
+        except BaseException:
+            self._index.forget(blocks)
+            raise
+
+    def _fill(self, slot: int, known: int, blocks: Sequence[int]) -> None:
         if not blocks:
             return
         ids = torch.tensor(blocks, device=self._layers[0][0].device)

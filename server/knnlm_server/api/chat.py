@@ -10,7 +10,14 @@ from fastapi.responses import Response
 from knnlm_core.errors import InvalidParameter
 from knnlm_core.lm.tokenizer import Tokenizer
 from knnlm_server.api.chat_rendering import ChatRenderer
-from knnlm_server.api.generation import GenerationJob, GenerationPlan, check_length, check_params, respond
+from knnlm_server.api.generation import (
+    GenerationJob,
+    GenerationPlan,
+    check_length,
+    check_params,
+    detokenizer_after,
+    respond,
+)
 from knnlm_server.api.json_route import JsonRoute
 from knnlm_server.api.schemas.chat import ChatBody, Message, TemplateBody, template_messages
 from knnlm_server.api.schemas.chat_answers import RESPONSES
@@ -38,9 +45,14 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     params = body.params(room=backend.lm.max_length - len(prompt_ids))
     check_params(backend, params)
     check_length(prompt_ids, params, backend.lm.max_length, prompt_field="messages", length_field=body.length_field)
-    plan = GenerationPlan(prompts=[prompt_ids], params=params, with_trace=body.wants_trace)
+    plan = GenerationPlan(
+        prompts=[prompt_ids],
+        detokenizers=[detokenizer_after(backend.tokenizer, prompt_ids, params)],
+        params=params,
+        with_trace=body.wants_trace,
+    )
     job = GenerationJob(backend, select(state, body.model, body.knn), plan, f"chatcmpl-{request.state.request_id}")
-    return await respond(request, body, job, ChatRenderer(job))
+    return await respond(request, body, job, lambda: ChatRenderer(job))
 
 
 def encode_conversation(tokenizer: Tokenizer, messages: list[Message], body: TemplateBody) -> list[int]:

@@ -62,6 +62,11 @@ class ChatRenderer:
             if choice.finish_reason is not None:
                 yield self._chunk(choice, {}, finish_reason=choice.finish_reason)
 
+    @property
+    def has_much(self) -> bool:
+        """Whether `chunks` would take long; see `Renderer`."""
+        return False
+
     def tail(self) -> dict[str, Any]:
         """The chunk that carries the usage; see `Renderer`."""
         return {**self._job.header(CHUNK_KIND), "choices": [], "usage": self._job.usage()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -93,6 +92,7 @@ class CompletionRenderer:
             for prompt, echo in enumerate(echoes)
         ]
         self._scores = [_PromptScores() for _ in echoes]
+        self._rows_of_prompt: dict[int, Sequence[_Row]] = {}
         self._news: list[tuple[int, _Choice]] = []  # position among the prompt's choices, and the choice
 
     def add(self, item: JobEvent) -> None:
@@ -116,6 +116,11 @@ class CompletionRenderer:
         for position, choice in news:
             if any(choice.text) or choice.finish_reason or choice.echo or (shows_tokens and choice.events):
                 yield {**self._job.header(KIND), "choices": [self._take(position, choice)]}
+
+    @property
+    def has_much(self) -> bool:
+        """Whether `chunks` would take long; see `Renderer`."""
+        return self._job.plan.prompt_logprobs is not None and any(choice.echo for _, choice in self._news)
 
     def tail(self) -> dict[str, Any]:
         """The chunk that carries the usage; see `Renderer`."""
@@ -150,7 +155,7 @@ class CompletionRenderer:
         return result
 
     def _logprobs(self, choice: _Choice, echo: Echo | None) -> dict[str, Any]:
-        prompt = self._prompt_rows(choice.prompt, echo) if echo else []
+        prompt = self._prompt_rows(choice.prompt, echo) if echo else ()
         completion = [
             self._row(event.token_id, event.log_prob, event.top, choice.offset + event.text_offset)
             for event in choice.events
@@ -163,19 +168,25 @@ class CompletionRenderer:
             "text_offset": [row.offset for row in rows],
         }
 
-    def _prompt_rows(self, prompt: int, echo: Echo) -> list[_Row]:
+    def _prompt_rows(self, prompt: int, echo: Echo) -> Sequence[_Row]:
+        """Made once and shared by the prompt's choices."""
+        if prompt in self._rows_of_prompt:
+            return self._rows_of_prompt[prompt]
         ids, scores = self._job.plan.prompts[prompt], self._scores[prompt]
         first = _Row(self._tokenizer.token_text(ids[0]), None, None, echo.starts[0])
         columns = zip(ids[1:], scores.log_probs, scores.tops, echo.starts[1:], strict=True)
-        return [first, *(self._row(*column) for column in columns)]
+        rows = self._rows_of_prompt[prompt] = [first, *(self._row(*column) for column in columns)]
+        return rows
 
     def _row(self, token_id: int, log_prob: float, top: TopTokens, offset: int) -> _Row:
-        # Distinct ids can decode to one string: the more probable one keeps it.
-        tops: dict[str, float] = {}
-        for other_id, other in (*top, (token_id, log_prob)):
-            text = self._tokenizer.token_text(other_id)
-            tops[text] = max(json_log_prob(other), tops.get(text, -math.inf))
-        return _Row(self._tokenizer.token_text(token_id), json_log_prob(log_prob), tops, offset)
+        token = self._tokenizer.token_text(token_id)
+        tops = {token: json_log_prob(log_prob)}
+        for other_id, other in top:
+            if other_id != token_id:
+                text = self._tokenizer.token_text(other_id)
+                # Distinct ids can decode to one string, such as the bytes of characters that take several tokens.
+                tops[f"token_id:{other_id}" if text in tops else text] = json_log_prob(other)
+        return _Row(token, json_log_prob(log_prob), tops, offset)
 
 
 class _Row(NamedTuple):

@@ -9,18 +9,19 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from knnlm_core.errors import InvalidParameter, KnnlmError, PromptTooLong
+from knnlm_core.lm.tokenizer import Tokenizer
 from knnlm_server.api.disconnect import until_disconnect
 from knnlm_server.api.errors import error_event
 from knnlm_server.api.schemas.generation import GenerationBody
 from knnlm_server.api.selection import Selection
 from knnlm_server.api.shared_lease import SharedLease
-from knnlm_server.api.sse import DONE, sse, sse_response
+from knnlm_server.api.sse import DONE, sse, sse_response, to_json
 from knnlm_server.api.state import Backend
 from knnlm_server.engine.detokenizer import IncrementalDetokenizer
 from knnlm_server.engine.events import Event, Failed, Finished, RetrievalCounts, TokenEvent
@@ -29,6 +30,8 @@ from knnlm_server.engine.sampling_params import SamplingParams
 from knnlm_server.engine.stopping import StopMatcher
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 TRACE_NEIGHBORS = 5
 
@@ -39,12 +42,14 @@ class GenerationPlan:
 
     Attributes:
         prompts: token ids, at least one each.
+        detokenizers: of each prompt, see `detokenizer_after`; every choice gets a copy.
         params: of every prompt, checked.
         with_trace: report per token how its probability came about.
         prompt_logprobs: alternatives to report with each prompt token; None does not score prompts.
     """
 
     prompts: Sequence[list[int]]
+    detokenizers: Sequence[IncrementalDetokenizer]
     params: SamplingParams
     with_trace: bool = False
     prompt_logprobs: int | None = None
@@ -76,12 +81,15 @@ class GenerationJob:
         self._created = int(time.time())
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[JobEvent] = asyncio.Queue()
-        self._requests = [self._request(index, prompt_ids) for index, prompt_ids in enumerate(plan.prompts)]
-        self._finished: list[Finished] = []
-        self._completion_tokens = 0
+        self._num_finished = self._completion_tokens = 0
+        self._requests: list[CompletionRequest] = []
         self._lease = SharedLease(selection)
         self._is_open = True
-        self._submit()
+        try:
+            self._submit()
+        except BaseException:
+            self.close()
+            raise
 
     def _request(self, index: int, prompt_ids: list[int]) -> CompletionRequest:
         params = self.plan.params
@@ -91,7 +99,7 @@ class GenerationJob:
             prompt_ids=prompt_ids,
             params=params,
             retrieval=self.selection.retrieval,
-            choices=[_choice(self.backend, params, prompt_ids, stops, i) for i in range(params.n)],
+            choices=[Choice(i, self.plan.detokenizers[index].copy(), stops.copy()) for i in range(params.n)],
             seed=params.seed if params.seed is not None else secrets.randbits(63),
             emit=lambda event: self._call(self._events.put_nowait, JobEvent(index, event)),
             on_end=self._ended,
@@ -101,13 +109,10 @@ class GenerationJob:
 
     def _submit(self) -> None:
         """All prompts are accepted or none."""
-        try:
-            for request in self._requests:
-                self.backend.engine.submit(request)
-                self._lease.hold()
-        except BaseException:
-            self.close()
-            raise
+        self._requests = [self._request(index, prompt_ids) for index, prompt_ids in enumerate(self.plan.prompts)]
+        for request in self._requests:
+            self.backend.engine.submit(request)
+            self._lease.hold()
 
     def _call(self, function: Callable[..., None], *args: Any) -> None:
         """From the engine's thread to the event loop, which may be gone at shutdown."""
@@ -128,18 +133,17 @@ class GenerationJob:
                 self.backend.engine.abort(request)
             self._lease.drop()
 
-    async def in_thread(self, render: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    async def in_thread(self, render: Callable[[], T]) -> T:
         """Render on a thread: many tokens with many alternatives take a while, and streams must not wait for them."""
         return await self._lease.in_thread(render)
 
     async def events(self) -> AsyncIterator[JobEvent]:
         """Events of all prompts, until each has finished. Raises what made one fail."""
-        while len(self._finished) < len(self._requests):
+        while self._num_finished < len(self._requests):
             item = await self._events.get()
             if isinstance(item.event, Failed):
                 raise item.event.error
-            if isinstance(item.event, Finished):
-                self._finished.append(item.event)
+            self._num_finished += isinstance(item.event, Finished)
             self._completion_tokens += isinstance(item.event, TokenEvent)
             yield item
 
@@ -163,11 +167,11 @@ class GenerationJob:
             "prompt_tokens": prompt_tokens,
             "completion_tokens": self._completion_tokens,
             "total_tokens": prompt_tokens + self._completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(f.cached_tokens for f in self._finished)},
+            "prompt_tokens_details": {"cached_tokens": sum(r.num_cached for r in self._requests)},
         }
         if self.selection.retrieval is not None:
             fields = RetrievalCounts.__slots__
-            usage["knn"] = {name: sum(getattr(f.counts, name) for f in self._finished) for name in fields}
+            usage["knn"] = {name: sum(getattr(r.counts, name) for r in self._requests) for name in fields}
         return usage
 
 
@@ -186,18 +190,30 @@ class Renderer(Protocol):
         """The chunk without choices that carries the usage."""
         ...
 
+    @property
+    def has_much(self) -> bool:
+        """Whether `chunks` would take long, as for a long prompt's echo."""
+        ...
+
     def whole(self) -> dict[str, Any]:
         """The answer in one piece, once all events are in."""
         ...
 
 
-async def respond(request: Request, body: GenerationBody, job: GenerationJob, renderer: Renderer) -> Response:
+async def respond(
+    request: Request, body: GenerationBody, job: GenerationJob, make_renderer: Callable[[], Renderer]
+) -> Response:
     """Answer with a stream or in one piece, as the body asks; the job is closed however that ends."""
+    try:
+        renderer = make_renderer()
+    except BaseException:
+        job.close()
+        raise
     if body.stream:
         return sse_response(_stream(body, job, renderer), on_close=job.close)
     try:
         await until_disconnect(request, _collect(job, renderer))
-        return JSONResponse(await job.in_thread(renderer.whole))
+        return Response(await job.in_thread(lambda: to_json(renderer.whole())), media_type="application/json")
     finally:
         job.close()
 
@@ -211,8 +227,13 @@ async def _stream(body: GenerationBody, job: GenerationJob, renderer: Renderer) 
     try:
         async for item in job.events():
             renderer.add(item)
-            for chunk in renderer.chunks():
-                yield sse(chunk | _chunk_usage(body, job))
+            usage = _chunk_usage(body, job)
+            if renderer.has_much:
+                for event in await job.in_thread(lambda: [sse(chunk | usage) for chunk in renderer.chunks()]):  # noqa: B023
+                    yield event
+            else:
+                for chunk in renderer.chunks():
+                    yield sse(chunk | usage)
     except KnnlmError as error:
         yield error_event(error)
     except Exception:
@@ -231,20 +252,25 @@ def _chunk_usage(body: GenerationBody, job: GenerationJob) -> dict[str, Any]:
     return {"usage": None} if body.wants_usage else {}
 
 
-def _choice(backend: Backend, params: SamplingParams, prompt_ids: list[int], stops: StopMatcher, index: int) -> Choice:
+def detokenizer_after(
+    tokenizer: Tokenizer, prompt_ids: Sequence[int], params: SamplingParams
+) -> IncrementalDetokenizer:
+    """What makes text of the tokens that follow a prompt."""
+
     def decode(token_ids: list[int]) -> str:
-        return backend.tokenizer.decode(token_ids, skip_special_tokens=params.skip_special_tokens)
+        return tokenizer.decode(token_ids, skip_special_tokens=params.skip_special_tokens)
 
-    return Choice(index=index, detokenizer=IncrementalDetokenizer(decode, prompt_ids), stops=stops.copy())
+    return IncrementalDetokenizer(decode, prompt_ids)
 
 
-def check_params(backend: Backend, params: SamplingParams) -> None:
+def check_params(backend: Backend, params: SamplingParams, *, n_field: str = "n") -> None:
     """Raises InvalidParameter: a field is out of bounds, for this model or at all."""
     params.check(backend.lm.identity.vocab_size)
     most = backend.lm.num_sequences
     if params.n > most:
         raise InvalidParameter(
-            f"`n` must be at most {most}, the number of sequences served at once, got {params.n}", param="n"
+            f"`{n_field}` must be at most {most}, the number of sequences served at once, got {params.n}",
+            param=n_field,
         )
 
 

@@ -12,6 +12,11 @@ from starlette.types import Receive, Scope, Send
 DONE = "data: [DONE]\n\n"
 
 
+def to_json(payload: dict[str, Any]) -> bytes:
+    """A whole answer."""
+    return json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
 def sse(payload: dict[str, Any]) -> str:
     """One event."""
     return f"data: {json.dumps(payload, ensure_ascii=False)}\n\n"

@@ -12,6 +12,7 @@ Compare vLLM's and text-generation-inference's prefix and read offsets.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\ufffd"
@@ -58,6 +59,12 @@ class IncrementalDetokenizer:
         for token_id in _tail(decode, prompt_token_ids):
             self.push(token_id)
         self._prompt_rest = self._held_back()
+
+    def copy(self) -> IncrementalDetokenizer:
+        """A second one in the same state, for another choice of the same prompt."""
+        twin = copy.copy(self)
+        twin._window = list(self._window)
+        return twin
 
     def push(self, token_id: int) -> str:
         """Take the next token; return the text that is certain now, often none."""

@@ -69,6 +69,7 @@ class Engine:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._accepted: set[Request] = set()  # submitted and not yet ended
         self._closing = False
+        self._dead = False
         self._lock = threading.Lock()
         self._ended = threading.Condition(self._lock)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -84,12 +85,15 @@ class Engine:
 
         Raises, and then neither `emit` nor `on_end` is ever called:
             Overloaded: the queue is full.
+            EngineFailure: the engine has died.
             ShuttingDown: no request is taken any more.
             InvalidParameter: more choices than sequences.
         """
         if isinstance(request, CompletionRequest):
             self._scheduler.check(request)
         with self._lock:
+            if self._dead:
+                raise EngineFailure("the engine has died; the log says why")
             if self._closing:
                 raise ShuttingDown("the server is shutting down")
             limit = self.max_requests
@@ -146,7 +150,7 @@ class Engine:
         """A defect of ours ends the thread: nobody may be left waiting."""
         logger.critical("engine dies accepted=%d", len(self._accepted), exc_info=True)
         with self._lock:
-            self._closing = True
+            self._closing = self._dead = True
             left, self._accepted = self._accepted, set()
             self._ended.notify_all()
         for request in left:
@@ -191,13 +195,19 @@ class Engine:
         """Give a prompt its sequence; returns how many tokens of it the prefix cache spares."""
         sequence = request.choices[0].sequence = self._lm.allocate()
         if request.prompt_logprobs is None:  # a prompt to be scored needs all its rows
-            # The last token is always read: its row gives the first token of the completion.
-            request.num_cached = self._lm.reuse_prefix(sequence, request.prompt_ids[:-1])
+            try:
+                # The last token is always read: its row gives the first token of the completion.
+                request.num_cached = self._lm.reuse_prefix(sequence, request.prompt_ids[:-1])
+            except Exception:  # such as no memory left: the prompt can still be read
+                logger.exception("prefix cache not read request=%s", request.request_id)
         return request.num_cached
 
     def _keep(self, request: CompletionRequest, choice: Choice) -> None:
         assert choice.sequence is not None
-        self._lm.keep_prefix(choice.sequence, [*request.prompt_ids, *choice.token_ids])
+        try:
+            self._lm.keep_prefix(choice.sequence, [*request.prompt_ids, *choice.token_ids])
+        except Exception:  # the answer does not need it
+            logger.exception("prefix not kept request=%s", request.request_id)
 
     def _take(self, outcome: Outcome) -> None:
         request = outcome.request
@@ -302,7 +312,7 @@ def _tell(request: Request, error: KnnlmError | None) -> None:
     if not isinstance(request, CompletionRequest):
         request.on_end(error)
         return
-    tokens = Finished(len(request.prompt_ids), request.num_generated, request.num_cached, request.counts)
+    tokens = Finished(len(request.prompt_ids), request.num_generated)
     request.emit(Failed(error) if error else tokens)
     request.on_end()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from knnlm_core.errors import KnnlmError
@@ -76,8 +76,6 @@ class Finished:
 
     prompt_tokens: int
     completion_tokens: int
-    cached_tokens: int = 0  # of the prompt, taken from the prefix cache
-    counts: RetrievalCounts = field(default_factory=RetrievalCounts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ from knnlm_core.types import EntryRange
 from knnlm_core.windows import Window, rolling_windows
 from knnlm_server.engine.window_work import Searches
 
-SEARCH_ROWS = 512  # queries per search: bounds the neighbours held at once to SEARCH_ROWS × k
+# Bounds the memory of a search, 20 bytes each. Many rows at once are searched much faster than few.
+NEIGHBORS_AT_ONCE = 1 << 22
 
 TokenIds = Sequence[int] | NDArray[np.int32]
 
@@ -173,8 +174,9 @@ def score_windows(
     target_ids = torch.from_numpy(targets).to(rows.keys.device, torch.long)
     base = log_probs_of_targets(lm, rows.hidden, target_ids)
     parts = []
-    for start in range(0, len(target_ids), SEARCH_ROWS):
-        here = slice(start, start + SEARCH_ROWS)
+    step = NEIGHBORS_AT_ONCE // max((retrieval.k for retrieval in retrievals if retrieval is not None), default=1)
+    for start in range(0, len(target_ids), step):
+        here = slice(start, start + step)
         mixed, found = mix_targets(base[here], rows.keys[here], target_ids[here], retrieval_of_row[here])
         parts.append((mixed, found.lmbda, found.searched))
     columns = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))

@@ -108,7 +108,9 @@ def test_memory_never_exceeds_its_bound() -> None:
 
 
 def test_without_room_for_a_block_nothing_is_kept() -> None:
-    lm = HuggingFaceLM(tiny_model("llama"), Tokenizer(tiny_tokenizer()), name="l", max_sequences=2, prefix_cache_bytes=1)
+    lm = HuggingFaceLM(
+        tiny_model("llama"), Tokenizer(tiny_tokenizer()), name="l", max_sequences=2, prefix_cache_bytes=1
+    )
     sequence = lm.allocate()
     lm.forward([Span(sequence, list(range(1, 90)), rows=0)])
     lm.keep_prefix(sequence, list(range(1, 90)))

@@ -256,7 +256,7 @@ def test_an_engine_that_dies_leaves_nobody_waiting() -> None:
         wait_until(lambda: not engine.is_alive)
         assert [(run.ends, type(run.error)) for run in runs] == [(1, EngineFailure)] * 4
         assert [type(error) for error in scores.ends] == [EngineFailure]
-        with pytest.raises(ShuttingDown):
+        with pytest.raises(EngineFailure, match="has died"):
             engine.submit(Run(lm, [5], GREEDY).request)
 
 

@@ -12,7 +12,7 @@ from knnlm_core.errors import InvalidParameter, UnsupportedFeature
 from knnlm_server.api.schemas.answers import Answer, TokenTraceEntry, Usage
 from knnlm_server.api.schemas.common import Text, Texts, TokenIds
 from knnlm_server.api.schemas.events import event_stream
-from knnlm_server.api.schemas.generation import GENERATION_EXAMPLE, STREAM_EXAMPLE, GenerationBody
+from knnlm_server.api.schemas.generation import GENERATION_EXAMPLE, STREAM_EXAMPLE, GenerationBody, Off
 from knnlm_server.api.schemas.limits import shown
 from knnlm_server.engine.events import FinishReason
 from knnlm_server.engine.sampling_params import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
@@ -46,7 +46,7 @@ class CompletionBody(GenerationBody):
     logprobs: Annotated[int, shown(minimum=0, maximum=MAX_LOGPROBS)] | None = Field(
         default=None, description="Alternatives reported per token, 0 … 20."
     )
-    echo: bool = Field(default=False, description="Put the prompt before the completion, and its log-probabilities.")
+    echo: Off = Field(default=False, description="Put the prompt before the completion, and its log-probabilities.")
     best_of: Annotated[int, shown(minimum=1, maximum=MAX_CHOICES)] | None = Field(
         default=None, description="Generate this many and return the `n` with the best mean log-probability."
     )
@@ -61,6 +61,9 @@ class CompletionBody(GenerationBody):
             raise UnsupportedFeature("`suffix` is not offered by this server", param="suffix")
         if self.max_tokens == 0 and not self.echo:
             raise InvalidParameter("`max_tokens` must be at least 1 without `echo`, got 0", param="max_tokens")
+        for field, count in (("n", self.returned_n), ("best_of", self.generated_n)):
+            if not 1 <= count <= MAX_CHOICES:
+                raise InvalidParameter(f"`{field}` must be from 1 to {MAX_CHOICES}, got {count}", param=field)
         if self.generated_n < self.returned_n:
             raise InvalidParameter(
                 f"`best_of` must be at least `n` ({self.returned_n}), got {self.best_of}", param="best_of"

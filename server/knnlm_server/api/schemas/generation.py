@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
 from knnlm_core.errors import InvalidParameter, UnsupportedFeature
@@ -34,6 +34,9 @@ _LOGIT_BIAS = shown(
     additionalProperties={"type": "number", "minimum": -MAX_LOGIT_BIAS, "maximum": MAX_LOGIT_BIAS},
     maxProperties=MAX_LOGIT_BIASES,
 )
+# Clients send null for what they do not set.
+Off = Annotated[bool | None, AfterValidator(lambda given: given is True)]
+On = Annotated[bool | None, AfterValidator(lambda given: given is not False)]
 Stop = Annotated[Text, shown(minLength=1, maxLength=MAX_STOP_CHARS)]
 _SAMPLING = (
     "temperature",
@@ -80,8 +83,8 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    include_usage: bool = Field(default=False, description="Send the usage of the whole request last.")
-    continuous_usage_stats: bool = Field(default=False, description="Send the usage so far with every chunk.")
+    include_usage: Off = Field(default=False, description="Send the usage of the whole request last.")
+    continuous_usage_stats: Off = Field(default=False, description="Send the usage so far with every chunk.")
 
 
 class GenerationBody(Body):
@@ -99,7 +102,7 @@ class GenerationBody(Body):
     )
     stop: Stop | Annotated[list[Stop], Field(fail_fast=True), shown(maxItems=MAX_STOP_STRINGS)] | None = None
     stop_token_ids: Annotated[TokenIds, shown(maxItems=MAX_STOP_TOKEN_IDS)] | None = None
-    include_stop_str_in_output: bool = False
+    include_stop_str_in_output: Off = False
     seed: Annotated[int, _SEED] | None = None
     presence_penalty: Annotated[float, shown(minimum=-MAX_PENALTY, maximum=MAX_PENALTY)] | None = None
     frequency_penalty: Annotated[float, shown(minimum=-MAX_PENALTY, maximum=MAX_PENALTY)] | None = None
@@ -109,10 +112,10 @@ class GenerationBody(Body):
     logit_bias: Annotated[dict[str, Any], _LOGIT_BIAS] | None = Field(
         default=None, description="Token id → what is added to its score."
     )
-    ignore_eos: bool = False
+    ignore_eos: Off = False
     min_tokens: Annotated[int, shown(minimum=0)] | None = None
-    skip_special_tokens: bool = True
-    stream: bool = False
+    skip_special_tokens: On = True
+    stream: Off = False
     stream_options: StreamOptions | None = None
     user: str | None = None
     knn: KnnBody | None = None
@@ -136,17 +139,17 @@ class GenerationBody(Body):
     @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with the usage of the whole request."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and self.stream_options.include_usage is True
 
     @property
     def wants_running_usage(self) -> bool:
         """Whether every chunk of a stream carries the usage so far."""
-        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats is True
 
     @property
     def wants_trace(self) -> bool:
         """Whether to report per token how its probability came about."""
-        return self.knn is not None and self.knn.trace
+        return self.knn is not None and bool(self.knn.trace)
 
     def sampling_params(self, *, n: int, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """The engine's view of this body; fields left out or null take the engine's defaults.
@@ -165,9 +168,9 @@ class GenerationBody(Body):
             stop=tuple(stop),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             logit_bias=_token_biases(self.logit_bias or {}),
-            ignore_eos=self.ignore_eos,
-            include_stop_str_in_output=self.include_stop_str_in_output,
-            skip_special_tokens=self.skip_special_tokens,
+            ignore_eos=bool(self.ignore_eos),
+            include_stop_str_in_output=bool(self.include_stop_str_in_output),
+            skip_special_tokens=bool(self.skip_special_tokens),
         )
 
 
@@ -184,5 +187,18 @@ def _token_biases(given: dict[str, Any]) -> dict[int, float]:
             raise InvalidParameter(
                 f"`logit_bias` values must be numbers, got {str(value)[:80]!r} for token {key}", param="logit_bias"
             )
+        if not -MAX_LOGIT_BIAS <= value <= MAX_LOGIT_BIAS:  # an int may be too large to become a float
+            raise InvalidParameter(
+                f"`logit_bias` values must be from {-MAX_LOGIT_BIAS:g} to {MAX_LOGIT_BIAS:g}, "
+                f"got {_shortened(value)} for token {key}",
+                param="logit_bias",
+            )
         biases[int(key)] = float(value)
     return biases
+
+
+def _shortened(value: float) -> str:
+    """A number as it was given, unless it is longer than anybody would read."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)
