@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
@@ -14,13 +14,18 @@ from knnlm_cli.score_connection import Connection
 from knnlm_cli.score_progress import Advance
 from knnlm_cli.score_results import DocumentScores
 from knnlm_cli.score_settings import ScoreSettings
+from knnlm_cli.score_stored import stored_among
 from knnlm_cli.score_used import Setting, Used, choose_retrieval, choose_windows
 from knnlm_core.errors import DatastoreNotFound, InvalidParameter, ModelNotFound, NotReady, ServiceError
+from knnlm_server.api.schemas.common import MAX_EXCLUDED_DOCUMENTS
 
 SEPARATOR = "@"
 # Enough for the server to fill its passes; far below what it takes as one body.
 BATCH_DOCUMENTS = 64
 BATCH_CHARACTERS = 200_000
+# Read ahead, so that documents that need no request of their own share one across those that do.
+STRETCH_DOCUMENTS = 1024
+STRETCH_CHARACTERS = 1_000_000
 LOWEST = -9999.0  # how the server writes the log-probability of a token of probability zero
 # A text without a scored token: the server checks everything else and computes nothing.
 NOTHING = [[0]]
@@ -43,7 +48,8 @@ class HttpScorer:
             **({"knn": settings.knn_given()} if settings.knn_given() else {}),
             **{name: setting.value for name, setting in windows.items()},
         }
-        answer = self._ask(settings.exclude_documents)
+        self._excluded = dict.fromkeys(settings.exclude_documents)
+        answer = self._ask(self._excluded)
         self._fingerprint = str(self._needed(answer, "system_fingerprint"))
         # A server may have a default datastore: the answer says what the model's name meant.
         model = str(self._needed(answer, "model"))
@@ -76,57 +82,53 @@ class HttpScorer:
 
         Raises: KnnlmError: what the server answers; ServiceError: it ends an answer early, or swaps the datastore.
         """
-        batch: list[SourceDocument] = []
-        characters = 0
-        for document in documents:
-            itself = self._exclude_self and self._is_stored(document.id)
-            if batch and (
-                itself or len(batch) == BATCH_DOCUMENTS or characters + len(document.text) > BATCH_CHARACTERS
-            ):
-                yield from self._score(batch, advance)
-                batch, characters = [], 0
-            if itself:
-                yield from self._score([document], advance, excluded=document.id)
-            else:
-                batch.append(document)
-                characters += len(document.text)
-        if batch:
-            yield from self._score(batch, advance)
+        for stretch in _stretches(documents):
+            stored = self._stored([document.id for document in stretch]) if self._exclude_self else set()
+            ready: dict[int, DocumentScores] = {}
+            told = 0
+            for batch in _batches(stretch, stored):
+                inside = [stretch[i] for i in batch]
+                excluded = inside[0].id if inside[0].id in stored else None
+                ready.update(zip(batch, self._score(inside, advance, excluded), strict=True))
+                while told in ready:
+                    yield ready.pop(told)
+                    told += 1
 
-    def _is_stored(self, document_id: str) -> bool:
-        """Whether the datastore holds a document of that id: to exclude one that it does not hold is refused."""
-        if document_id in self._settings.exclude_documents:
-            return True
+    def _stored(self, ids: Sequence[str]) -> set[str]:
+        """Those that the datastore holds, but for those that are excluded anyway."""
+        most = max(1, MAX_EXCLUDED_DOCUMENTS - len(self._excluded))
+        return stored_among([i for i in ids if i not in self._excluded], self._holds_all, most)
+
+    def _holds_all(self, ids: Sequence[str]) -> bool:
+        """To exclude a document that the datastore does not hold is refused."""
         try:
-            self._ask([*self._settings.exclude_documents, document_id])
+            self._ask([*self._excluded, *ids])
         except DatastoreNotFound:
             return False
         return True
 
-    def _ask(self, excluded: Sequence[str]) -> dict[str, Any]:
+    def _ask(self, excluded: Collection[str]) -> dict[str, Any]:
         """Have everything but the text checked."""
         body = {**self._body, "input": NOTHING, **({"exclude_documents": list(excluded)} if excluded else {})}
         return self._connection.post("/v1/score", body)
 
-    def _score(
-        self, batch: Sequence[SourceDocument], advance: Advance, excluded: str | None = None
-    ) -> Iterator[DocumentScores]:
-        exclude = dict.fromkeys([*self._settings.exclude_documents, *([] if excluded is None else [excluded])])
+    def _score(self, batch: Sequence[SourceDocument], advance: Advance, excluded: str | None) -> list[DocumentScores]:
+        exclude = [*self._excluded, *([] if excluded is None else [excluded])]
         body = {
             **self._body,
             "input": [document.text for document in batch],
             "per_token": True,
             "stream": True,
             **({"overlap": True} if self._overlap else {}),
-            **({"exclude_documents": list(exclude)} if exclude else {}),
+            **({"exclude_documents": exclude} if exclude else {}),
         }
         results: dict[int, DocumentScores] = {}
         for line in self._lines(body, sum(len(document.text) for document in batch), advance):
             index = line["index"]
-            results[index] = self._read(batch[index].id, line, excluded is not None)
+            results[index] = self._read(batch[index].id, line, excluded)
         if len(results) != len(batch):
             raise ServiceError(f"{self._connection.url} scored {len(results)} of {len(batch)} texts")
-        yield from (results[index] for index in range(len(batch)))
+        return [results[index] for index in range(len(batch))]
 
     def _lines(self, body: Mapping[str, Any], characters: int, advance: Advance) -> Iterator[dict[str, Any]]:
         """The results of a request; progress goes to ``advance``."""
@@ -159,19 +161,51 @@ class HttpScorer:
                 "scores of different versions do not add up: run it again"
             )
 
-    def _read(self, document_id: str, result: Mapping[str, Any], excluded_itself: bool) -> DocumentScores:
+    def _read(self, document_id: str, result: Mapping[str, Any], excluded: str | None) -> DocumentScores:
         tokens = result["per_token"]
         matches = [token["longest_match"] for token in tokens] if self._overlap else None
         return DocumentScores(
             id=document_id,
             num_bytes=result["bytes"],
             searched=result["searched"],
-            excluded_itself=excluded_itself,
+            excluded_itself=self._exclude_self and document_id in (excluded, *self._excluded),
             base=_log_probs(token["base"] for token in tokens),
             mixed=_log_probs(token["mixed"] for token in tokens),
             longest_match=None if matches is None else np.array(matches, np.uint8),
             per_token=tokens if self._settings.per_token is not None else None,
         )
+
+
+def _stretches(documents: Iterable[SourceDocument]) -> Iterator[list[SourceDocument]]:
+    """Documents as they come, so many at a time as may be held."""
+    stretch: list[SourceDocument] = []
+    characters = 0
+    for document in documents:
+        if len(stretch) == STRETCH_DOCUMENTS or (stretch and characters + len(document.text) > STRETCH_CHARACTERS):
+            yield stretch
+            stretch, characters = [], 0
+        stretch.append(document)
+        characters += len(document.text)
+    if stretch:
+        yield stretch
+
+
+def _batches(stretch: Sequence[SourceDocument], alone: Collection[str]) -> list[list[int]]:
+    """Positions of the documents of each request, by the first of them; those of the ids ``alone`` by themselves."""
+    batches: list[list[int]] = []
+    filling: list[int] = []
+    characters = 0
+    for i, document in enumerate(stretch):
+        if document.id in alone:
+            batches.append([i])
+            continue
+        is_full = len(filling) == BATCH_DOCUMENTS or characters + len(document.text) > BATCH_CHARACTERS
+        if not filling or is_full:
+            filling, characters = [], 0
+            batches.append(filling)
+        filling.append(i)
+        characters += len(document.text)
+    return batches
 
 
 def _log_probs(values: Iterable[float]) -> np.ndarray[tuple[int], np.dtype[np.float32]]:

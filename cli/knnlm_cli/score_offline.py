@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -29,9 +28,7 @@ from knnlm_core.lm.loading import LoadOptions, load_lm
 from knnlm_core.mixture import Retrieval
 from knnlm_core.types import EntryRange
 from knnlm_server.api.score_inputs import TextToScore, bytes_of_text
-from knnlm_server.api.score_job import ScoredText
-from knnlm_server.api.score_rendering import ScoreRenderer
-from knnlm_server.api.selection import Selection
+from knnlm_server.api.score_rendering import TokenRenderer
 from knnlm_server.engine.scoring import ScoreRequest, TokenScores, no_scores
 
 PASS_TOKENS = 4096  # padded tokens per forward pass
@@ -124,7 +121,7 @@ class OfflineScorer:
                 base=found.base,
                 mixed=found.mixed,
                 longest_match=longest,
-                per_token=self._per_token(text, ScoredText(i, found, longest)),
+                per_token=self._per_token(text, found, longest),
             )
 
     def _longest_matches(self, batch: Sequence[_Document]) -> list[NDArray[np.uint8]] | None:
@@ -156,14 +153,13 @@ class OfflineScorer:
             advance(done, characters * done / tokens)
         return scores
 
-    def _per_token(self, text: TextToScore, scored: ScoredText) -> list[dict[str, Any]] | None:
+    def _per_token(
+        self, text: TextToScore, scores: TokenScores, longest_match: NDArray[np.uint8] | None
+    ) -> list[dict[str, Any]] | None:
         """As the server renders it, so that both kinds of run write the same file."""
         if self._settings.per_token is None:
             return None
-        selection = Selection(self.used.model, None, self._retrieval, self.used.model_fingerprint)
-        renderer = ScoreRenderer(self._lm.tokenizer, selection, per_token=True, overlap=False)
-        tokens: list[dict[str, Any]] = json.loads("".join(renderer.result(text, scored)))["per_token"]
-        return tokens
+        return list(TokenRenderer(self._lm.tokenizer, self._retrieval).entries(text, scores, longest_match))
 
 
 def _named(calibration: Calibration | None) -> dict[str, Any] | None:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from knnlm_cli.score_report import Bucket, Total, percent
+from knnlm_cli.score_report import Total, percent
 from knnlm_cli.score_results import Scores
 from knnlm_cli.score_used import Used
 from knnlm_core.errors import InvalidParameter, UnsupportedFeature
+from knnlm_core.scores import Bucket, bucket_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,12 +44,8 @@ def position_bins(positions: NDArray[np.int64], gains: Floats) -> list[Bin]:
 
 def overlap_bins(matches: NDArray[np.uint8], gains: Floats, overlap: Sequence[Bucket]) -> list[Bin]:
     """Tokens by longest match, one bin for each bucket of the report, empty ones too."""
-    return [
-        _bin(
-            bucket.label, gains[(matches >= bucket.low) & (matches <= (np.inf if bucket.high is None else bucket.high))]
-        )
-        for bucket in overlap
-    ]
+    which = bucket_of(matches)
+    return [_bin(bucket.label, gains[which == i]) for i, bucket in enumerate(overlap)]
 
 
 def _bin(label: str, gains: Floats) -> Bin:

@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from knnlm_builder.stages.calibrate import MIN_INTERVAL_BLOCKS
 from knnlm_builder.stages.fit import bootstrap_gain
 from knnlm_builder.stages.held_out import BLOCK_TOKENS
-from knnlm_cli.score_results import DocumentRow, Loss, Scores, change, loss
+from knnlm_cli.score_results import DocumentRow, Scores, change
 from knnlm_cli.score_used import Setting, Used
-from knnlm_server.api.score_rendering import BUCKETS
+from knnlm_core.scores import Bucket, Loss, buckets, loss, overlap_sums, total_nll
 
 SEED = 0
-
-
-class Bucket(NamedTuple):
-    """Tokens that end a run of ``low … high`` tokens which also stands in the datastore."""
-
-    low: int
-    high: int | None
-    tokens: int
-    base: Loss
-    mixed: Loss
-
-    @property
-    def label(self) -> str:
-        """``0``, ``2–3``, ``32+``."""
-        return (
-            f"{self.low}+"
-            if self.high is None
-            else f"{self.low}–{self.high}"
-            if self.high > self.low
-            else f"{self.low}"
-        )
 
 
 class Interval(NamedTuple):
@@ -74,7 +51,7 @@ def total_of(scores: Scores, *, with_retrieval: bool) -> Total:
     """Sum up a run that has scored at least one token."""
     base, mixed = scores.base, scores.mixed
     num_bytes = sum(row.num_bytes for row in scores.rows)
-    base_loss, mixed_loss = loss(base, num_bytes), loss(mixed, num_bytes)
+    base_loss, mixed_loss = (loss(total_nll(log_probs), len(base), num_bytes) for log_probs in (base, mixed))
     return Total(
         tokens=len(base),
         num_bytes=num_bytes,
@@ -85,7 +62,7 @@ def total_of(scores: Scores, *, with_retrieval: bool) -> Total:
         interval=_interval(scores) if with_retrieval else None,
         better=float((mixed > base).mean()),
         worse=float((mixed < base).mean()),
-        overlap=buckets(scores),
+        overlap=_overlap(scores),
     )
 
 
@@ -100,17 +77,10 @@ def _interval(scores: Scores) -> Interval | None:
     return Interval(-gain.high, -gain.low, count)
 
 
-def buckets(scores: Scores) -> list[Bucket] | None:
+def _overlap(scores: Scores) -> list[Bucket] | None:
     """Tokens by the longest run, ending at and including the token, that also stands in one document of the store."""
     matches = scores.longest_match
-    if matches is None:
-        return None
-    base, mixed = scores.base, scores.mixed
-    result = []
-    for low, high in BUCKETS:
-        chosen = (matches >= low) & (matches <= (math.inf if high is None else high))
-        result.append(Bucket(low, high, int(np.sum(chosen)), loss(base[chosen], 0), loss(mixed[chosen], 0)))
-    return result
+    return None if matches is None else buckets(overlap_sums(matches, scores.base, scores.mixed))
 
 
 def percent(share: float) -> str:
@@ -167,17 +137,5 @@ def _total(total: Total) -> dict[str, Any]:
         "interval_block_tokens": BLOCK_TOKENS,
         "better_share": total.better,
         "worse_share": total.worse,
-        "overlap": None if total.overlap is None else [_bucket(bucket) for bucket in total.overlap],
-    }
-
-
-def _bucket(bucket: Bucket) -> dict[str, Any]:
-    def measures(found: Loss) -> dict[str, float | None]:
-        return {"nll": found.nll, "perplexity": found.perplexity}
-
-    return {
-        "longest_match": [bucket.low, bucket.high],
-        "tokens": bucket.tokens,
-        "base": measures(bucket.base),
-        "mixed": measures(bucket.mixed),
+        "overlap": None if total.overlap is None else [bucket.to_json() for bucket in total.overlap],
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-LN2 = math.log(2)
+from knnlm_core.scores import Loss, loss, total_nll
 
 Floats = NDArray[np.float32]
 
@@ -26,23 +25,6 @@ class DocumentScores(NamedTuple):
     mixed: Floats
     longest_match: NDArray[np.uint8] | None  # tokens, ending at and including the scored one; see `longest_matches`
     per_token: Sequence[Mapping[str, Any]] | None  # as `/v1/score` gives them; None unless asked for
-
-
-class Loss(NamedTuple):
-    """How well tokens were predicted; None where a token had probability zero, or there is nothing to divide by."""
-
-    nll: float | None  # nats, summed
-    perplexity: float | None
-    bits_per_byte: float | None
-
-
-def loss(log_probs: Floats, num_bytes: int) -> Loss:
-    """The loss of some tokens, summed in float64: a long text has many small terms."""
-    nll = -float(log_probs.sum(dtype=np.float64)) + 0.0  # never −0
-    if not math.isfinite(nll):
-        return Loss(None, None, None)
-    perplexity = math.exp(min(nll / len(log_probs), 700.0)) if len(log_probs) else None
-    return Loss(nll, perplexity, nll / LN2 / num_bytes if num_bytes else None)
 
 
 class DocumentRow(NamedTuple):
@@ -80,15 +62,16 @@ class Scores:
 
     def add(self, document: DocumentScores) -> None:
         """Keep a document's scores."""
+        tokens, num_bytes = len(document.base), document.num_bytes
         self.rows.append(
             DocumentRow(
                 document.id,
-                len(document.base),
-                document.num_bytes,
+                tokens,
+                num_bytes,
                 document.searched,
                 document.excluded_itself,
-                loss(document.base, document.num_bytes),
-                loss(document.mixed, document.num_bytes),
+                loss(total_nll(document.base), tokens, num_bytes),
+                loss(total_nll(document.mixed), tokens, num_bytes),
             )
         )
         self._base.append(document.base)

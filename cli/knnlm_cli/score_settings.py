@@ -49,7 +49,8 @@ class ScoreSettings(BaseModel):
     exclude_self: bool | None = Field(
         default=None,
         description="Let no document find its own entries, where the datastore holds a document of the same id "
-        "(default). With --url such documents take a request each.",
+        "(default). With --url each such document takes a request of its own; the others share requests, but a "
+        "small one finds out about each that the datastore does not hold.",
     )
     overlap: bool | None = Field(
         default=None,

@@ -9,9 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from knnlm_builder.stages.held_out import BLOCK_TOKENS
-from knnlm_cli.score_report import Bucket, Total, percent
-from knnlm_cli.score_results import DocumentRow, Scores
+from knnlm_cli.score_report import Total, percent
+from knnlm_cli.score_results import DocumentRow, Scores, change
 from knnlm_cli.score_used import Setting, Used
+from knnlm_core.scores import Bucket
 
 MAX_ROWS = 30
 
@@ -96,14 +97,13 @@ def overlap_table(overlap: Sequence[Bucket], tokens: int) -> Table:
     for name in ("longest match", "tokens", "share", "base ppl", "mixed ppl", "change"):
         table.add_column(name, justify="right", no_wrap=True)
     for bucket in overlap:
-        base, mixed = bucket.base.perplexity, bucket.mixed.perplexity
         table.add_row(
             bucket.label,
             f"{bucket.tokens:,}",
             f"{bucket.tokens / tokens:.1%}",
-            number(base, 2),
-            number(mixed, 2),
-            _change(None if base is None or mixed is None else mixed / base - 1),
+            number(bucket.base.perplexity, 2),
+            number(bucket.mixed.perplexity, 2),
+            _change(change(bucket.base, bucket.mixed)),
         )
     return table
 

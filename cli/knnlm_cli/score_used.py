@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 from knnlm_cli.score_settings import ScoreSettings
 from knnlm_core.errors import InvalidParameter
-from knnlm_core.windows import check_window
-from knnlm_server.api.schemas.score import DEFAULT_WINDOW
+from knnlm_core.windows import settle_windows
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -48,14 +47,12 @@ def choose_windows(settings: ScoreSettings, max_length: int) -> dict[str, Settin
 
     Raises: InvalidParameter: they are out of bounds.
     """
-    window = Setting(min(DEFAULT_WINDOW, max_length), DEFAULT)
-    if settings.window is not None:
-        window = Setting(settings.window, COMMAND_LINE)
-    stride = Setting(max(1, int(window.value) // 2), DEFAULT)
-    if settings.stride is not None:
-        stride = Setting(settings.stride, COMMAND_LINE)
-    check_window(int(window.value), int(stride.value), max_length)
-    return {"window": window, "stride": stride}
+    given = {"window": settings.window, "stride": settings.stride}
+    settled = settle_windows(**given, max_length=max_length)
+    return {
+        name: Setting(value, DEFAULT if given[name] is None else COMMAND_LINE)
+        for name, value in settled._asdict().items()
+    }
 
 
 def choose_retrieval(settings: ScoreSettings, name: str, calibration: Mapping[str, Any] | None) -> dict[str, Setting]:

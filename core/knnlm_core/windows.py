@@ -17,6 +17,15 @@ from typing import NamedTuple
 
 from knnlm_core.errors import InvalidParameter
 
+DEFAULT_WINDOW = 1024  # tokens
+
+
+class WindowSizes(NamedTuple):
+    """How texts are cut, in tokens; see `rolling_windows`."""
+
+    window: int
+    stride: int
+
 
 class Window(NamedTuple):
     """A slice ``[begin, end)`` of a text whose tokens ``[first_target, end)`` are scored in it."""
@@ -46,6 +55,19 @@ def check_window(window: int, stride: int, max_length: int | None = None) -> Non
         raise InvalidParameter(
             f"`stride` must be at least 1 and less than `window` ({window}), got {stride}", param="stride"
         )
+
+
+def settle_windows(window: int | None, stride: int | None, *, max_length: int) -> WindowSizes:
+    """Window and stride for an LM with a context of ``max_length`` tokens, where None is given the defaults.
+
+    By default the window is DEFAULT_WINDOW or the context if that is shorter, and the stride is half the window.
+
+    Raises: InvalidParameter: see `check_window`.
+    """
+    window = min(DEFAULT_WINDOW, max_length) if window is None else window
+    stride = max(1, window // 2) if stride is None else stride
+    check_window(window, stride, max_length)
+    return WindowSizes(window, stride)
 
 
 def rolling_windows(num_tokens: int, window: int, stride: int) -> Iterator[Window]:

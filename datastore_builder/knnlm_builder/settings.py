@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from knnlm_core.errors import InvalidParameter
-from knnlm_core.windows import check_window
-
-DEFAULT_WINDOW = 1024
-
-
-class Windowing(NamedTuple):
-    """How documents are cut; see `knnlm_core.windows`."""
-
-    window: int
-    stride: int
+from knnlm_core.windows import WindowSizes, settle_windows
 
 
 class BuildSettings(BaseModel):
@@ -51,12 +41,9 @@ class BuildSettings(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of the held-out choice, k-means and sampling.")
     force: bool = Field(default=False, description="Publish even a store that does not help on held-out text.")
 
-    def windowing(self, max_length: int) -> Windowing:
+    def windowing(self, max_length: int) -> WindowSizes:
         """Window and stride for an LM of this context. Raises InvalidParameter: what was given does not fit."""
-        window = min(DEFAULT_WINDOW, max_length) if self.window is None else self.window
-        stride = window // 2 if self.stride is None else self.stride
-        check_window(window, stride, max_length)
-        return Windowing(window, stride)
+        return settle_windows(self.window, self.stride, max_length=max_length)
 
 
 def read_settings(**given: object) -> BuildSettings:

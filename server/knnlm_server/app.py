@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -47,7 +48,12 @@ def create_app(settings: ServerSettings, on_failure: Callable[[], None] = lambda
         with suppress(asyncio.CancelledError):
             await starting
         if state.backend is not None:
-            await asyncio.to_thread(_stop, state.backend, settings.drain_timeout_s)
+            # A thread of its own: those of asyncio may all be busy.
+            with ThreadPoolExecutor(1, "stop") as own:
+                stopping = asyncio.get_running_loop().run_in_executor(
+                    own, _stop, state.backend, settings.drain_timeout_s
+                )
+                await stopping
 
     # A path with a slash too many is unknown, not redirected: behind a proxy the redirect's address would be wrong.
     app = DocumentedApp(settings, title="knnlm", version=__version__, lifespan=lifespan, redirect_slashes=False)
@@ -130,6 +136,7 @@ def _verified_folder() -> Path:
 
 
 def _stop(backend: Backend, drain_timeout_s: float) -> None:
+    backend.threads.close()
     backend.engine.stop(drain_timeout_s)
     backend.registry.close()
     backend.lm.close()

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from knnlm_core.errors import InvalidParameter
@@ -94,6 +95,14 @@ class ServerSettings(BaseSettings):
     def _keys(cls, given: object) -> object:
         """In the environment, keys are separated by commas; an empty one is an error, not an open door."""
         return tuple(key.strip() for key in given.split(",")) if isinstance(given, str) else given
+
+    @field_validator("max_requests_per_key")
+    @classmethod
+    def _needs_keys(cls, given: int | None, info: ValidationInfo) -> int | None:
+        """A limit that no request could ever meet would protect nobody."""
+        if given is not None and not info.data.get("api_key", ("unknown",)):
+            raise PydanticCustomError("needs_api_key", "needs at least one API key (--api-key)")
+        return given
 
     @property
     def is_loopback(self) -> bool:

@@ -1,4 +1,4 @@
-"""Two hundred requests abandoned in mid-flight leave nothing behind: no slot, no lease, no socket, and at most a pool of threads."""
+"""Two hundred requests abandoned in mid-flight leave no slot, no lease, no socket, and few threads."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from knnlm_client import Client, KnnOptions
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.mixture import Retrieval, find
+from knnlm_server.engine import scoring
 from knnlm_server.engine.scoring import ScoreRequest, TokenScores
 
 TEXT = "3. new: Der Käufer schuldet the goods. The café’s landlord must keep its value 🙂. " * 3
@@ -68,9 +69,11 @@ def test_lambda_zero_and_gate_never_are_the_base(live_server: LiveServer) -> Non
 # -- each token once -------------------------------------------------------------------------------------------------
 
 
-def score_request(texts: list[list[int]], window: int, stride: int) -> tuple[ScoreRequest, dict[int, TokenScores]]:
+def score_request(
+    texts: list[list[int]], window: int, stride: int, retrieval: Retrieval | None = None
+) -> tuple[ScoreRequest, dict[int, TokenScores]]:
     done: dict[int, TokenScores] = {}
-    return ScoreRequest("test", texts, None, window, stride, done.__setitem__, lambda error: None), done
+    return ScoreRequest("test", texts, retrieval, window, stride, done.__setitem__, lambda error: None), done
 
 
 @st.composite
@@ -108,13 +111,35 @@ def test_scores_do_not_depend_on_how_windows_are_batched(
     draw = np.random.default_rng(seed)
     texts = [draw.integers(1, 400, length).tolist() for length in lengths]
     request, done = score_request(texts, window, stride)
-    while taken := request.take(budget):
-        request.score(lm, taken)
-    assert request.is_done
+    while not request.is_done:
+        request.run(lm, budget)
     assert sorted(done) == list(range(len(texts)))
     shortest = min(range(len(texts)), key=lambda i: lengths[i])
     need = reference.base_scores(texts[shortest], window, stride)
     assert done[shortest].base == pytest.approx(need, abs=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 50, 100_000])
+def test_scores_do_not_depend_on_how_many_rows_are_searched_at_once(
+    lm: HuggingFaceLM, law: Datastore, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    texts = [[(i * j) % 400 + 1 for i in range(length)] for j, length in enumerate((90, 3, 200, 40), start=1)]
+
+    def scores() -> dict[int, TokenScores]:
+        request, done = score_request(texts, 64, 32, Retrieval(law, 16, 20.0, 0.5))
+        searched = 0
+        while not request.is_done:
+            searched += request.run(lm, 128).searched
+        assert searched == request.tokens_done == sum(len(text) - 1 for text in texts)
+        return done
+
+    need = scores()
+    monkeypatch.setattr(scoring, "ROWS_AT_ONCE", rows)
+    monkeypatch.setattr(scoring, "NEIGHBORS_AT_ONCE", 16 * rows)
+    have = scores()
+    for index in range(len(texts)):
+        np.testing.assert_allclose(have[index].mixed, need[index].mixed, rtol=0, atol=1e-4)
+        np.testing.assert_array_equal(have[index].base, need[index].base)
 
 
 # -- exclusion -------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 from knnlm_builder.corpus import read_documents
 from knnlm_cli import score_http, score_offline
 from knnlm_cli.main import make_app
+from knnlm_cli.score_connection import Connection
 from knnlm_cli.score_http import http_scorer
 from knnlm_cli.score_offline import offline_scorer
 from knnlm_cli.score_settings import read_settings
@@ -276,6 +278,31 @@ def test_batches_do_not_change_the_scores(
         ("--url", live_server.url, "--datastore", "law"),
     ):
         assert_same_scores(scored(files.texts, *place, *SETTINGS), offline)
+
+
+def test_documents_that_the_store_does_not_hold_share_requests_across_those_that_it_does(
+    offline: dict[str, Any], files: Files, live_server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[int, tuple[str, ...]]] = []
+    stream = Connection.stream
+
+    def record(connection: Connection, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        sent.append((len(body["input"]), tuple(body.get("exclude_documents", ()))))
+        return stream(connection, path, body)
+
+    monkeypatch.setattr(Connection, "stream", record)
+    place = ("--url", live_server.url, "--datastore", "law")
+    assert_same_scores(scored(files.texts, *place, *SETTINGS), offline)
+    assert sent == [(1, (STORED,)), (3, ()), (1, (OTHER,))]
+    sent.clear()
+    both = ("--exclude-document", STORED, "--exclude-document", OTHER)
+    excluded = scored(files.texts, *place, *SETTINGS, *both)
+    assert sent == [(5, (STORED, OTHER))]
+    assert [i for i, document in by_id(excluded).items() if document["excluded_itself"]] == [STORED, OTHER]
+    sent.clear()
+    monkeypatch.setattr(score_http, "STRETCH_DOCUMENTS", 2)
+    assert_same_scores(scored(files.texts, *place, *SETTINGS), offline)
+    assert sent == [(1, (STORED,)), (1, ()), (2, ()), (1, (OTHER,))]
 
 
 def test_the_model_may_be_left_to_the_server_or_name_the_datastore(files: Files, live_server: LiveServer) -> None:

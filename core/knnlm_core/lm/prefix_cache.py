@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from knnlm_core.lm.slot_cache import SlotCache
+from knnlm_core.lm.slot_cache import SlotCache, reserve
 
 BLOCK_TOKENS = 32
 _NO_PARENT = -1
@@ -119,7 +119,10 @@ class PrefixCache:
         num_blocks = num_bytes // self._block_bytes
         self._index = BlockIndex(num_blocks)
         self._layers = [
-            tuple(part.new_zeros(num_blocks, part.shape[1], BLOCK_TOKENS, part.shape[3]) for part in _parts(layer))
+            tuple(
+                reserve((num_blocks, part.shape[1], BLOCK_TOKENS, part.shape[3]), part.dtype, part.device)
+                for part in _parts(layer)
+            )
             for layer in slots.layers
         ]
         self._num_blocks = num_blocks

@@ -12,13 +12,23 @@ Rewinding a sequence is moving its length back: what lies behind it is masked an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+def reserve(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros of which, on a CPU, only the pages that are written to ever take memory; torch.zeros writes to all."""
+    if device.type != "cpu":
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    pages = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(pages).view(dtype).view(*shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +57,9 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         heads, size = shape
         self._cache = cache
-        # torch.zeros maps pages lazily on a CPU: memory is used as sequences grow, not at start.
         full = (cache.num_slots, heads, cache.capacity + 1, size)
-        self.keys = torch.zeros(full, dtype=dtype, device=device)
-        self.values = torch.zeros(full, dtype=dtype, device=device)
+        self.keys = reserve(full, dtype, device)
+        self.values = reserve(full, dtype, device)
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

@@ -23,11 +23,11 @@ from knnlm_builder.corpus import (
     split_tail,
 )
 from knnlm_builder.progress import Reporter
-from knnlm_builder.settings import BuildSettings, Windowing
+from knnlm_builder.settings import BuildSettings
 from knnlm_core.errors import EmptyCorpus
 from knnlm_core.lm.tokenizer import Tokenizer
 from knnlm_core.types import EntryRange
-from knnlm_core.windows import Window, rolling_windows
+from knnlm_core.windows import Window, WindowSizes, rolling_windows
 
 # A held-out document that shares more of its 13-grams with the store than this goes into the store instead.
 MAX_CONTAINMENT = 0.5
@@ -87,7 +87,7 @@ class Plan:
     """
 
     folder: Path
-    windowing: Windowing
+    windowing: WindowSizes
     documents: Sequence[PlannedDocument]
     held_out: Sequence[PlannedDocument]
     held_out_unit: str
@@ -135,7 +135,7 @@ class Plan:
 
 
 def make_plan(
-    settings: BuildSettings, windowing: Windowing, tokenizer: Tokenizer, folder: Path, reporter: Reporter
+    settings: BuildSettings, windowing: WindowSizes, tokenizer: Tokenizer, folder: Path, reporter: Reporter
 ) -> Plan:
     """Read, tokenise and split the corpus.
 

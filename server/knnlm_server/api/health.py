@@ -16,6 +16,8 @@ from knnlm_server.api.state import service
 
 router = APIRouter()
 
+_DEAD = "the engine's thread has died"
+
 
 @router.get(
     "/health",
@@ -26,9 +28,9 @@ router = APIRouter()
 async def health(request: Request) -> Response:
     """200 while the process can work at all; 503 once the engine's thread has died or the start has failed."""
     state = service(request)
-    dead = state.backend is not None and not state.backend.engine.is_alive
-    if dead or state.failure is not None:
-        return error_response(NotReady(state.failure or "the engine's thread has died"))
+    is_dead = state.backend is not None and not state.backend.engine.is_alive
+    if is_dead or state.failure is not None:
+        return error_response(NotReady(state.failure or _DEAD))
     return JSONResponse({"status": "ok"})
 
 
@@ -39,11 +41,13 @@ async def health(request: Request) -> Response:
     responses={200: {"model": Ready}, 503: {"model": ErrorBody}},
 )
 async def ready(request: Request) -> Response:
-    """200 once a model can answer; until then 503 with the reason."""
+    """200 once a model can answer; until then 503 with the reason, and again once none can."""
     try:
         backend = service(request).require()
     except ServiceError as error:
         return error_response(error)
+    if not backend.engine.is_alive:
+        return error_response(NotReady(_DEAD))
     load = backend.engine.load()
     return JSONResponse(
         {"status": "ready", "model": backend.model_name, "datastores": backend.registry.names(), **load._asdict()}

@@ -1,4 +1,4 @@
-"""Routes that read JSON's numbers as JSON means them: there is one kind, and 8.0 is 8."""
+"""Routes that take JSON: the key comes before the body, and numbers are read as JSON means them, where 8.0 is 8."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+
+from knnlm_server.api.security import KEY_CHECKS
 
 _EXACT = 2.0**53  # below it, a float that is whole is one integer and no other
 
@@ -20,15 +22,20 @@ class _JsonRequest(Request):
 
 
 class JsonRoute(APIRoute):
-    """Gives validation an int wherever a whole number was written, with a fraction of zero or not.
+    """Refuses whoever lacks the key before the body is read: FastAPI itself would parse all of it first.
 
+    Gives validation an int wherever a whole number was written, with a fraction of zero or not.
     JSON Schema, and so the OpenAPI document, calls both an integer; some languages write every number with a fraction.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
+        asked = [given.dependency for given in self.dependencies]
+        checks = [check for check in KEY_CHECKS if check in asked]
 
         async def read_and_handle(request: Request) -> Response:
+            for check in checks:
+                check(request)
             return await handle(_JsonRequest(request.scope, request.receive))
 
         return read_and_handle

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from knnlm_core.errors import KnnlmError, PayloadTooLarge, RateLimited
 from knnlm_server.api.errors import error_response
-from knnlm_server.api.security import key_number
+from knnlm_server.api.security import authorization_of, key_number
 from knnlm_server.settings import ServerSettings
 
 logger = logging.getLogger("knnlm_server.access")
@@ -73,7 +73,7 @@ class KeyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         most, key = self._settings.max_requests_per_key, None
         if scope["type"] == "http" and most is not None:
-            key = key_number(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1"), self._settings)
+            key = key_number(authorization_of(scope), self._settings)
         if key is None or most is None:
             await self._app(scope, receive, send)
             return

@@ -50,7 +50,7 @@ async def _answer(
 ) -> dict[str, Any]:
     if selection.retrieval is None:
         raise InvalidParameter("neighbours need a datastore, and this request names none", param="model")
-    contexts = await asyncio.to_thread(_read_contexts, backend, body)
+    contexts = await asyncio.get_running_loop().run_in_executor(backend.threads.reading, _read_contexts, backend, body)
     retrieval = replace(selection.retrieval, gate=Gate.ALWAYS)
     found = await _find(backend, lease, _Plan(request.state.request_id, contexts, retrieval, body.limit))
     results = await lease.in_thread(_render, backend.tokenizer, lease.datastore, found, body.context_chars)

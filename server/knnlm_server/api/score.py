@@ -55,7 +55,8 @@ async def score(body: ScoreBody, request: Request) -> Response:
     try:
         scored = await until_disconnect(request, _collect(job))
         # Thousands of texts take seconds: streams must not wait for them.
-        content = await asyncio.to_thread(_whole, job, renderer, scored)
+        rendering = asyncio.get_running_loop().run_in_executor(backend.threads.reading, _whole, job, renderer, scored)
+        content = await rendering
         return Response(content, media_type="application/json")
     finally:
         job.close()
@@ -68,7 +69,9 @@ async def _begin(
     check_inputs(body, lease.datastore)
     checkpoint = Checkpoint()
     try:
-        reading = lease.in_thread(read_texts, backend, body, lease.datastore, checkpoint)
+        reading = lease.in_thread(
+            read_texts, backend, body, lease.datastore, checkpoint, executor=backend.threads.reading
+        )
         texts = await until_disconnect(request, reading)
     finally:
         checkpoint.close()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +13,11 @@ from knnlm_core.datastore.reader import Datastore
 from knnlm_core.errors import DatastoreNotFound, InvalidParameter
 from knnlm_core.lm.tokenizer import Encoding, Tokenizer
 from knnlm_core.types import EntryRange
-from knnlm_server.api.schemas.score import MAX_TEXTS, DocumentInput, ScoreBody, ScoreInput
-from knnlm_server.api.state import Backend
+from knnlm_server.api.schemas.common import TokenIds
+from knnlm_server.api.schemas.score import MAX_SCORE_TOKENS, MAX_TEXTS, DocumentInput, ScoreBody
+
+if TYPE_CHECKING:  # the command line reads texts without a server
+    from knnlm_server.api.state import Backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,47 +60,60 @@ def check_inputs(body: ScoreBody, datastore: Datastore | None) -> None:
 def read_texts(
     backend: Backend, body: ScoreBody, datastore: Datastore | None, checkpoint: Callable[[], None]
 ) -> list[TextToScore]:
-    """Tokenise what the body holds; takes seconds for many long texts.
+    """Tokenise what the body holds; takes seconds for many long texts. A document given twice is read once.
 
     Args:     checkpoint: called before each text; what it raises ends the reading.
-    Raises:   InvalidParameter: a token id beyond the vocabulary. DatastoreNotFound: no such document.
+    Raises:   InvalidParameter: a token id beyond the vocabulary, or too many tokens in all.
+              DatastoreNotFound: no such document.
     """
     inputs = body.inputs()
-    own = [_own_entries(given, datastore) for given in inputs]  # before any of the slow part
-    texts = []
-    for given, entries in zip(inputs, own, strict=True):
+    ids = dict.fromkeys(given.document_id for given in inputs if isinstance(given, DocumentInput))
+    own = {document_id: _own_entries(document_id, datastore) for document_id in ids}  # before any of the slow part
+    documents: dict[str, TextToScore] = {}
+    texts: list[TextToScore] = []
+    tokens = 0
+    for given in inputs:
         checkpoint()
-        texts.append(_read(backend, given, entries, datastore, body))
+        if not isinstance(given, DocumentInput):
+            text = _read(backend, given, with_starts=body.per_token)
+        elif given.document_id in documents:
+            text = documents[given.document_id]
+        else:
+            assert datastore is not None
+            source = datastore.document(given.document_id)
+            text = replace(
+                _read(backend, source.text, with_starts=body.per_token), document_id=source.id, own=own[source.id]
+            )
+            documents[source.id] = text
+        texts.append(text)
+        tokens += len(text.token_ids)
+        if tokens > MAX_SCORE_TOKENS:
+            raise InvalidParameter(
+                f"`input` must hold at most {MAX_SCORE_TOKENS} tokens in all, got {tokens} in the first {len(texts)} "
+                f"of {len(inputs)} texts",
+                param="input",
+            )
     return texts
 
 
-def _own_entries(given: ScoreInput, datastore: Datastore | None) -> EntryRange | None:
-    if not isinstance(given, DocumentInput):
-        return None
+def _own_entries(document_id: str, datastore: Datastore | None) -> EntryRange:
     assert datastore is not None
     try:
-        return datastore.document_entries(given.document_id)
+        return datastore.document_entries(document_id)
     except DatastoreNotFound as error:
         raise DatastoreNotFound(f"`input`: {error.message}", param="input") from None
 
 
-def _read(
-    backend: Backend, given: ScoreInput, own: EntryRange | None, datastore: Datastore | None, body: ScoreBody
-) -> TextToScore:
+def _read(backend: Backend, given: str | TokenIds, *, with_starts: bool) -> TextToScore:
     tokenizer = backend.tokenizer
     if isinstance(given, list):
         tokenizer.check_ids(given, backend.lm.identity.vocab_size, param="input")
         token_ids = np.array(given, np.int32)
         return TextToScore(token_ids, None, _bytes_of_tokens(tokenizer, token_ids[1:]))
-    document_id, text = None, given
-    if isinstance(given, DocumentInput):
-        assert datastore is not None
-        document_id, text = given.document_id, datastore.document(given.document_id).text
-    assert isinstance(text, str)
-    encoding = tokenizer.encode_with_spans(text)
+    encoding = tokenizer.encode_with_spans(given)
     # A copy: a view would keep the ends alive too.
-    starts = encoding.char_spans[:, 0].copy() if body.per_token else None
-    return TextToScore(encoding.token_ids, starts, bytes_of_text(tokenizer, text, encoding), document_id, own)
+    starts = encoding.char_spans[:, 0].copy() if with_starts else None
+    return TextToScore(encoding.token_ids, starts, bytes_of_text(tokenizer, given, encoding))
 
 
 def bytes_of_text(tokenizer: Tokenizer, text: str, encoding: Encoding) -> int:

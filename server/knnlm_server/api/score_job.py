@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from knnlm_core.datastore.overlap import longest_matches
 from knnlm_core.errors import KnnlmError
+from knnlm_core.windows import WindowSizes
 from knnlm_server.api.checkpoint import Checkpoint
-from knnlm_server.api.schemas.score import Windows
 from knnlm_server.api.score_inputs import TextToScore
 from knnlm_server.api.selection import Selection
 from knnlm_server.api.shared_lease import SharedLease
@@ -35,7 +35,7 @@ class ScorePlan:
     """
 
     texts: Sequence[TextToScore]
-    windows: Windows
+    windows: WindowSizes
     overlap: bool
     request_id: str
 
@@ -69,6 +69,7 @@ class ScoreJob:
         self.selection = selection
         self.plan = plan
         self._lease = lease
+        self._threads = backend.threads
         self._call = WindowCall(backend.engine, lease, self._ended)
         self._scored = [index for index, text in enumerate(plan.texts) if text.num_scored]
         self._num_tokens = sum(text.num_scored for text in plan.texts)
@@ -104,7 +105,7 @@ class ScoreJob:
 
     async def _find_overlaps(self) -> None:
         try:
-            self._matches = await self._lease.in_thread(self._longest_matches)
+            self._matches = await self._lease.in_thread(self._longest_matches, executor=self._threads.overlap)
         except KnnlmError as error:
             self._ended(error)
         except Exception:
@@ -118,6 +119,7 @@ class ScoreJob:
         texts, retrieval = self.plan.texts, self.selection.retrieval
         assert self._lease.datastore is not None
         assert retrieval is not None
+        self._checkpoint()  # the client may have left while this waited for its turn
         return longest_matches(
             self._lease.datastore,
             [text.token_ids for text in texts],

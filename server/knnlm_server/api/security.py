@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Callable
 from typing import Annotated
 
 from fastapi import Depends, Request
 from fastapi.openapi.models import HTTPBearer
 from fastapi.security.base import SecurityBase
 from pydantic import SecretStr
+from starlette.types import Scope
 
 from knnlm_core.errors import Forbidden, Unauthorized
 from knnlm_server.api.state import service
@@ -17,30 +19,31 @@ from knnlm_server.settings import ServerSettings
 
 
 class BearerScheme(SecurityBase):
-    """How a key is sent, for the OpenAPI document; hands out the header as it is, for the checks below."""
+    """How a key is sent, for the OpenAPI document alone; the checks below read the header themselves."""
 
     def __init__(self, name: str, description: str) -> None:
         self.scheme_name = name
         self.model = HTTPBearer(description=description)
 
-    async def __call__(self, request: Request) -> str | None:
-        return request.headers.get("authorization")
+    async def __call__(self, request: Request) -> None:
+        return None
 
 
 API_KEY = BearerScheme("ApiKey", "`Authorization: Bearer <key>`; the admin key opens these routes too.")
 ADMIN_KEY = BearerScheme("AdminKey", "`Authorization: Bearer <key>`, for routes that change datastores.")
 
 
-def require_key(request: Request, authorization: Annotated[str | None, Depends(API_KEY)]) -> None:
+def require_key(request: Request, _: Annotated[None, Depends(API_KEY)] = None) -> None:
     """Raises Unauthorized: the server has an API key and the request carries neither it nor the admin key."""
     settings = service(request).settings
     if not settings.api_key:
         return
+    authorization = authorization_of(request.scope)
     if key_number(authorization, settings) is None and not _matches(authorization, settings.admin_key):
-        raise Unauthorized("a valid API key is needed: Authorization: Bearer <key>")
+        raise Unauthorized("a valid API key is needed, once: Authorization: Bearer <key>")
 
 
-def require_admin(request: Request, authorization: Annotated[str | None, Depends(ADMIN_KEY)]) -> None:
+def require_admin(request: Request, _: Annotated[None, Depends(ADMIN_KEY)] = None) -> None:
     """Raises Unauthorized or Forbidden: the request may not change datastores."""
     settings = service(request).settings
     if settings.admin_key is None:
@@ -48,12 +51,19 @@ def require_admin(request: Request, authorization: Annotated[str | None, Depends
             raise Forbidden(
                 f"changing datastores is off: the server listens on {settings.host} and has no admin key (--admin-key)"
             )
-        require_key(request, authorization)
+        require_key(request)
         return
+    authorization = authorization_of(request.scope)
     if authorization is None:
-        raise Unauthorized("changing datastores needs the admin key: Authorization: Bearer <key>")
+        raise Unauthorized("changing datastores needs the admin key, once: Authorization: Bearer <key>")
     if not _matches(authorization, settings.admin_key):
         raise Forbidden("this key may not change datastores; the admin key is needed")
+
+
+def authorization_of(scope: Scope) -> str | None:
+    """The one header that says who asks. Given twice it says nothing: no two readers may take one key each."""
+    given: list[bytes] = [value for name, value in scope["headers"] if name == b"authorization"]
+    return given[0].decode("latin-1") if len(given) == 1 else None
 
 
 def key_number(authorization: str | None, settings: ServerSettings) -> int | None:
@@ -71,5 +81,6 @@ def _matches(authorization: str | None, key: SecretStr | None) -> bool:
     return scheme.lower() == "bearer" and hmac.compare_digest(*digests)
 
 
+KEY_CHECKS: tuple[Callable[[Request], None], ...] = (require_key, require_admin)
 KeyRequired = Depends(require_key)
 AdminRequired = Depends(require_admin)

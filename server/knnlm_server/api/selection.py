@@ -9,7 +9,7 @@ from knnlm_core.datastore.exclusion import merge_ranges
 from knnlm_core.errors import InvalidParameter, ModelNotFound
 from knnlm_core.knn.gates import parse_gate
 from knnlm_core.mixture import Retrieval
-from knnlm_server.api.schemas.common import KnnBody
+from knnlm_server.api.schemas.common import MAX_EXCLUDED_DOCUMENTS, KnnBody
 from knnlm_server.api.state import Backend, Service
 from knnlm_server.registry.registry import Lease
 
@@ -32,27 +32,29 @@ class Selection:
 
 
 def select(
-    service: Service, model: str | None, knn: KnnBody | None, exclude_documents: Sequence[str] = ()
+    service: Service, model: str | None, knn: KnnBody | None, exclude_documents: Sequence[str] | None = None
 ) -> Selection:
     """Resolve ``model`` and ``knn`` to a leased datastore and its parameters.
 
     Raises:
         ModelNotFound: the LM's name is not the one served.
         DatastoreNotFound: the datastore is not loaded, or holds no document of an excluded id.
-        InvalidParameter: ``model`` and ``knn.datastore`` disagree, or retrieval fields without a datastore.
+        InvalidParameter: ``model`` and ``knn.datastore`` disagree, retrieval fields without a datastore, or too many
+            documents are excluded.
         InvalidKnnParams, UnsupportedFeature: a field of ``knn`` is out of bounds or not offered.
     """
     backend = service.require()
     if knn is not None:
         knn.refuse_unsupported()
+    excluded = _distinct(exclude_documents or ())
     name = _datastore_name(backend, model, knn, service.settings.default_datastore)
     fingerprint = backend.lm.identity.model_fingerprint
     if name is None:
-        _refuse_retrieval_fields(knn, exclude_documents)
+        _refuse_retrieval_fields(knn, excluded)
         return Selection(backend.model_name, None, None, fingerprint)
     lease = backend.registry.lease(name)
     try:
-        retrieval = _retrieval(lease, knn or KnnBody(), exclude_documents)
+        retrieval = _retrieval(lease, knn or KnnBody(), excluded)
     except BaseException:
         lease.release()
         raise
@@ -87,6 +89,15 @@ def _datastore_name(backend: Backend, model: str | None, knn: KnnBody | None, de
             param="knn.datastore",
         )
     return by_model or by_knn or default
+
+
+def _distinct(exclude_documents: Sequence[str]) -> Sequence[str]:
+    if len(exclude_documents) > MAX_EXCLUDED_DOCUMENTS:
+        raise InvalidParameter(
+            f"`exclude_documents` must name at most {MAX_EXCLUDED_DOCUMENTS} documents, got {len(exclude_documents)}",
+            param="exclude_documents",
+        )
+    return list(dict.fromkeys(exclude_documents))
 
 
 def _refuse_retrieval_fields(knn: KnnBody | None, exclude_documents: Sequence[str]) -> None:

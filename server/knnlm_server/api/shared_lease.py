@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import Executor
 from typing import Any, TypeVar
 
 from knnlm_core.datastore.reader import Datastore
@@ -35,9 +36,12 @@ class SharedLease:
         if not self._holders:
             self._selection.release()
 
-    async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
-        """Call a function on a thread that holds the lease until it returns, also where nobody waits any more."""
-        task = asyncio.ensure_future(asyncio.to_thread(function, *args))
+    async def in_thread(self, function: Callable[..., T], *args: Any, executor: Executor | None = None) -> T:
+        """Call a function on a thread that holds the lease until it returns, also where nobody waits any more.
+
+        Args:   executor: whose threads; asyncio's own, unless it can take seconds.
+        """
+        task = asyncio.get_running_loop().run_in_executor(executor, function, *args)
         self.hold()
         task.add_done_callback(self._thread_ended)
         return await asyncio.shield(task)

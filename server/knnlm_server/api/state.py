@@ -10,6 +10,7 @@ from fastapi import Request
 from knnlm_core.errors import NotReady, ShuttingDown
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.tokenizer import Tokenizer
+from knnlm_server.api.threads import Threads
 from knnlm_server.engine.engine import Engine
 from knnlm_server.registry.registry import Registry
 from knnlm_server.settings import ServerSettings
@@ -24,6 +25,7 @@ class Backend:
     engine: Engine
     registry: Registry
     model_name: str
+    threads: Threads = field(default_factory=Threads)
     created: int = field(default_factory=lambda: int(time.time()))  # when it became ready, seconds since 1970
 
 

@@ -26,7 +26,7 @@ async def tokenize(body: TokenizeBody, request: Request) -> Response:
     body.check()
     check_model(state, body.model)
     # Long texts take a while, and so do their answers: streams must not wait for them.
-    return await asyncio.to_thread(_tokenize, state, body)
+    return await asyncio.get_running_loop().run_in_executor(state.threads.reading, _tokenize, state, body)
 
 
 def _tokenize(state: Backend, body: TokenizeBody) -> Response:
@@ -52,7 +52,7 @@ async def detokenize(body: DetokenizeBody, request: Request) -> Response:
     state = backend(request)
     body.log_unknown()
     check_model(state, body.model)
-    return await asyncio.to_thread(_detokenize, state, body.tokens)
+    return await asyncio.get_running_loop().run_in_executor(state.threads.reading, _detokenize, state, body.tokens)
 
 
 def _detokenize(state: Backend, token_ids: list[int]) -> Response:

@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from knnlm_core.datastore.exclusion import merge_ranges
 from knnlm_core.errors import KnnlmError
@@ -20,8 +21,9 @@ from knnlm_core.types import EntryRange
 from knnlm_core.windows import Window, rolling_windows
 from knnlm_server.engine.window_work import Searches
 
-# Bounds the memory of a search, 20 bytes each. Many rows at once are searched much faster than few.
-NEIGHBORS_AT_ONCE = 1 << 22
+# Many rows at once are searched much faster than few: they wait for each other, up to this many.
+ROWS_AT_ONCE = 8192
+NEIGHBORS_AT_ONCE = 1 << 23  # bounds the memory of a search, 20 bytes each
 
 TokenIds = Sequence[int] | NDArray[np.int32]
 
@@ -56,6 +58,15 @@ class WindowOfText(NamedTuple):
     window: Window
 
 
+class _Encoded(NamedTuple):
+    """Windows that the LM has seen and that are still to be mixed; R rows in all."""
+
+    taken: Sequence[WindowOfText]
+    keys: Tensor  # (R, D)
+    targets: Tensor  # (R,) token ids
+    base: Tensor  # (R,) log p_lm of the targets
+
+
 @dataclass(slots=True, eq=False)
 class ScoreRequest:
     """A batch of tokenised texts to score.
@@ -66,7 +77,7 @@ class ScoreRequest:
         on_text: called on the engine's thread when a text is done, in the order of completion.
         on_end: called exactly once when the request leaves the engine: with None, or with why it failed.
         own: per text, entries that only this text must not find, such as those that it made itself.
-        tokens_done: scored so far; any thread may look.
+        tokens_done: seen by the LM so far; any thread may look.
     """
 
     request_id: str
@@ -82,6 +93,7 @@ class ScoreRequest:
     tokens_done: int = field(init=False, default=0)
     _pending: Iterator[WindowOfText] = field(init=False)
     _next: WindowOfText | None = field(init=False)
+    _encoded: list[_Encoded] = field(init=False, default_factory=list)
     _in_work: dict[int, _TextInWork] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -109,8 +121,13 @@ class ScoreRequest:
         return self._next is None and not self._in_work
 
     def run(self, lm: CausalLM, token_budget: int) -> Searches:
-        """Score the next windows. Raises KnnlmError: a datastore could not be searched."""
-        return self.score(lm, self.take(token_budget))
+        """Encode the next windows, and once many rows have come together, search for all of them and report.
+
+        Raises: KnnlmError: a datastore could not be searched.
+        """
+        self.encode(lm, self.take(token_budget))
+        enough = self.retrieval is None or sum(len(part.targets) for part in self._encoded) >= ROWS_AT_ONCE
+        return self.mix() if enough or self._next is None else Searches(0, 0)
 
     def take(self, token_budget: int) -> list[WindowOfText]:
         """The next windows, at least one, of together at most ``token_budget`` padded tokens if possible."""
@@ -124,19 +141,27 @@ class ScoreRequest:
             self._next = next(self._pending, None)
         return taken
 
-    def score(self, lm: CausalLM, taken: Sequence[WindowOfText]) -> Searches:
-        """Score windows that `take` handed out and report the texts that they complete."""
-        works = [self._in_work[index] for index, _ in taken]
-        scores = score_windows(
-            lm,
-            [
-                WindowToScore(work.token_ids[window.begin : window.end], window.first_target - window.begin)
-                for work, (_, window) in zip(works, taken, strict=True)
-            ],
-            [work.retrieval for work in works],
-        )
+    def encode(self, lm: CausalLM, taken: Sequence[WindowOfText]) -> None:
+        """Run the LM over windows that `take` handed out."""
+        cut = [self._in_work[index].token_ids[window.begin : window.end] for index, window in taken]
+        firsts = [window.first_target - window.begin for _, window in taken]
+        # The row at position t predicts token t + 1, so the last token is never an input.
+        rows = lm.encode([ids[:-1].tolist() for ids in cut], [first - 1 for first in firsts])
+        known = np.concatenate([ids[first:] for ids, first in zip(cut, firsts, strict=True)])
+        targets = torch.from_numpy(known).to(rows.keys.device, torch.long)
+        self._encoded.append(_Encoded(taken, rows.keys, targets, log_probs_of_targets(lm, rows.hidden, targets)))
+        self.tokens_done += len(targets)
+
+    def mix(self) -> Searches:
+        """Mix what was encoded and report the texts that it completes."""
+        taken = [item for part in self._encoded for item in part.taken]
+        keys, targets, base = (torch.cat(column) for column in list(zip(*self._encoded, strict=True))[1:])
+        self._encoded.clear()
+        retrievals = [self._in_work[index].retrieval for index, w in taken for _ in range(w.num_targets)]
+        scores = _mix(keys, targets, base, retrievals)
         start = 0
-        for work, (index, window) in zip(works, taken, strict=True):
+        for index, window in taken:
+            work = self._in_work[index]
             into = slice(window.first_target - 1, window.end - 1)
             for whole, part in zip(work.scores, scores, strict=True):
                 whole[into] = part[start : start + window.num_targets]
@@ -145,39 +170,17 @@ class ScoreRequest:
             if not work.targets_left:
                 del self._in_work[index]
                 self.on_text(index, work.scores)
-        self.tokens_done += start
         searched = int(scores.searched.sum())
         return Searches(searched, skipped=start - searched if self.retrieval is not None else 0)
 
 
-class WindowToScore(NamedTuple):
-    """Tokens, of which those from ``first_target`` on are scored."""
-
-    token_ids: NDArray[np.int32]
-    first_target: int
-
-
-def score_windows(
-    lm: CausalLM, windows: Sequence[WindowToScore], retrievals: Sequence[Retrieval | None]
-) -> TokenScores:
-    """Score the last tokens of some windows, window after window.
-
-    Args:     retrievals: per window.
-    Raises:   KnnlmError: a datastore could not be searched.
-    """
-    # The row at position t predicts token t + 1, so the last token is never an input.
-    rows = lm.encode([ids[:-1].tolist() for ids, _ in windows], [first - 1 for _, first in windows])
-    targets = np.concatenate([ids[first:] for ids, first in windows])
-    retrieval_of_row = [
-        retrieval for (ids, first), retrieval in zip(windows, retrievals, strict=True) for _ in range(first, len(ids))
-    ]
-    target_ids = torch.from_numpy(targets).to(rows.keys.device, torch.long)
-    base = log_probs_of_targets(lm, rows.hidden, target_ids)
+def _mix(keys: Tensor, targets: Tensor, base: Tensor, retrievals: Sequence[Retrieval | None]) -> TokenScores:
+    """Scores of known tokens from their rows: (R, D) keys, (R,) targets and their log p_lm, R retrievals."""
     parts = []
     step = NEIGHBORS_AT_ONCE // max((retrieval.k for retrieval in retrievals if retrieval is not None), default=1)
-    for start in range(0, len(target_ids), step):
+    for start in range(0, len(targets), step):
         here = slice(start, start + step)
-        mixed, found = mix_targets(base[here], rows.keys[here], target_ids[here], retrieval_of_row[here])
+        mixed, found = mix_targets(base[here], keys[here], targets[here], retrievals[here])
         parts.append((mixed, found.lmbda, found.searched))
     columns = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
     return TokenScores(base.cpu().numpy(), *columns)

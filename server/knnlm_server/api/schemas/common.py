@@ -5,7 +5,16 @@ from __future__ import annotations
 import logging
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic.json_schema import SkipJsonSchema
 
 from knnlm_core.errors import UnsupportedFeature
@@ -14,6 +23,8 @@ from knnlm_core.mixture import MAX_K, MAX_TEMPERATURE, MIN_TEMPERATURE
 from knnlm_server.api.schemas.limits import shown
 
 logger = logging.getLogger(__name__)
+
+MAX_EXCLUDED_DOCUMENTS = 1024
 
 # The first bad element ends the check: a body of millions of them must not become millions of errors.
 TokenIds = Annotated[list[Annotated[int, shown(minimum=0)]], Field(fail_fast=True)]
@@ -32,7 +43,12 @@ Text = Annotated[str, AfterValidator(_check_unicode)]
 NonEmpty = Annotated[Text, StringConstraints(min_length=1)]
 Texts = Annotated[list[NonEmpty], Field(fail_fast=True)]
 ListOfTokenIds = Annotated[list[TokenIds], Field(fail_fast=True)]
-DocumentIds = Annotated[list[Text], Field(fail_fast=True)]
+DocumentIds = Annotated[list[Text], Field(fail_fast=True), shown(maxItems=MAX_EXCLUDED_DOCUMENTS)]
+
+# Some clients send null for what they do not set.
+_OR_NULL = WithJsonSchema({"anyOf": [{"type": "boolean"}, {"type": "null"}]})
+Off = Annotated[bool, BeforeValidator(lambda given: False if given is None else given), _OR_NULL]
+On = Annotated[bool, BeforeValidator(lambda given: True if given is None else given), _OR_NULL]
 
 
 class Body(BaseModel):
@@ -42,14 +58,30 @@ class Body(BaseModel):
 
     def log_unknown(self) -> None:
         """Say at debug level which fields had no effect."""
-        if self.model_extra:
+        if self.model_extra and logger.isEnabledFor(logging.DEBUG):
             logger.debug("unknown fields ignored fields=%s", ",".join(sorted(self.model_extra)))
 
 
-class KnnBody(BaseModel):
-    """How this request retrieves; what is left out comes from the datastore's calibration."""
+class ClosedBody(BaseModel):
+    """An object inside a body that takes no unknown fields."""
 
     model_config = ConfigDict(strict=True, extra="forbid", populate_by_name=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, given: Any) -> Any:
+        """Keep the first unknown field alone: an object of thousands must not become thousands of errors."""
+        if not isinstance(given, dict):
+            return given
+        known = {name for field, info in cls.model_fields.items() for name in (field, info.alias) if name}
+        unknown = next((name for name in given if name not in known), None)
+        if unknown is None:
+            return given
+        return {name: given[name] for name in (*known, unknown) if name in given}
+
+
+class KnnBody(ClosedBody):
+    """How this request retrieves; what is left out comes from the datastore's calibration."""
 
     datastore: Annotated[str, shown(minLength=1)] | SkipJsonSchema[list[dict[str, Any]]] | None = Field(
         default=None, description="Name of a loaded datastore."
@@ -70,7 +102,7 @@ class KnnBody(BaseModel):
     speculate: Annotated[bool, shown(const=False)] | None = Field(
         default=None, description="Draft from the datastore; not offered by this build."
     )
-    trace: bool = Field(default=False, description="Report per token how its probability came about.")
+    trace: Off = Field(default=False, description="Report per token how its probability came about.")
 
     def refuse_unsupported(self) -> None:
         """Raises UnsupportedFeature for what later releases will honour."""

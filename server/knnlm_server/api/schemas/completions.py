@@ -10,9 +10,9 @@ from pydantic.json_schema import SkipJsonSchema
 
 from knnlm_core.errors import InvalidParameter, UnsupportedFeature
 from knnlm_server.api.schemas.answers import Answer, TokenTraceEntry, Usage
-from knnlm_server.api.schemas.common import Text, Texts, TokenIds
+from knnlm_server.api.schemas.common import Off, Text, Texts, TokenIds
 from knnlm_server.api.schemas.events import event_stream
-from knnlm_server.api.schemas.generation import GENERATION_EXAMPLE, STREAM_EXAMPLE, GenerationBody, Off
+from knnlm_server.api.schemas.generation import GENERATION_EXAMPLE, STREAM_EXAMPLE, GenerationBody
 from knnlm_server.api.schemas.limits import shown
 from knnlm_server.engine.events import FinishReason
 from knnlm_server.engine.sampling_params import MAX_CHOICES, MAX_LOGPROBS, SamplingParams

@@ -9,17 +9,15 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from knnlm_core.datastore.layout import DIGEST_PATTERN, NAME_PATTERN
 from knnlm_core.datastore.manifest import Digest16
-from knnlm_server.api.schemas.common import NonEmpty
+from knnlm_server.api.schemas.common import ClosedBody, NonEmpty
 from knnlm_server.api.schemas.limits import shown
 
 # A few names that fit the pattern are reserved; `layout.is_name` knows them.
 Name = Annotated[str, Path(description="Name of a datastore.", json_schema_extra={"pattern": f"^{NAME_PATTERN}$"})]
 
 
-class LoadBody(BaseModel):
+class LoadBody(ClosedBody):
     """``PUT /v1/datastores/{name}``."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     version: Annotated[NonEmpty, shown(pattern=f"^(current|{DIGEST_PATTERN})$")] = Field(
         default="current", description="`current` or a published version."

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
 from knnlm_core.errors import InvalidParameter, UnsupportedFeature
-from knnlm_server.api.schemas.common import Body, KnnBody, Text, TokenIds
+from knnlm_server.api.schemas.common import Body, KnnBody, Off, On, Text, TokenIds
 from knnlm_server.api.schemas.limits import shown
 from knnlm_server.engine.sampling_params import (
     MAX_CHOICES,
@@ -34,9 +34,6 @@ _LOGIT_BIAS = shown(
     additionalProperties={"type": "number", "minimum": -MAX_LOGIT_BIAS, "maximum": MAX_LOGIT_BIAS},
     maxProperties=MAX_LOGIT_BIASES,
 )
-# Clients send null for what they do not set.
-Off = Annotated[bool | None, AfterValidator(lambda given: given is True)]
-On = Annotated[bool | None, AfterValidator(lambda given: given is not False)]
 Stop = Annotated[Text, shown(minLength=1, maxLength=MAX_STOP_CHARS)]
 _SAMPLING = (
     "temperature",
@@ -139,17 +136,17 @@ class GenerationBody(Body):
     @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with the usage of the whole request."""
-        return self.stream_options is not None and self.stream_options.include_usage is True
+        return self.stream_options is not None and self.stream_options.include_usage
 
     @property
     def wants_running_usage(self) -> bool:
         """Whether every chunk of a stream carries the usage so far."""
-        return self.stream_options is not None and self.stream_options.continuous_usage_stats is True
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     @property
     def wants_trace(self) -> bool:
         """Whether to report per token how its probability came about."""
-        return self.knn is not None and bool(self.knn.trace)
+        return self.knn is not None and self.knn.trace
 
     def sampling_params(self, *, n: int, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """The engine's view of this body; fields left out or null take the engine's defaults.
@@ -168,9 +165,9 @@ class GenerationBody(Body):
             stop=tuple(stop),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             logit_bias=_token_biases(self.logit_bias or {}),
-            ignore_eos=bool(self.ignore_eos),
-            include_stop_str_in_output=bool(self.include_stop_str_in_output),
-            skip_special_tokens=bool(self.skip_special_tokens),
+            ignore_eos=self.ignore_eos,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            skip_special_tokens=self.skip_special_tokens,
         )
 
 

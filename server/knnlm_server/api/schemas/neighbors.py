@@ -48,7 +48,9 @@ class NeighborsBody(Body):
     context_chars: Annotated[int, shown(minimum=0, maximum=MAX_CONTEXT_CHARS)] = Field(
         default=80, description="Characters of the source reported before and after a neighbour's token."
     )
-    exclude_documents: DocumentIds = Field(default=[], description="Ids of documents whose entries must not be found.")
+    exclude_documents: DocumentIds | None = Field(
+        default=None, description="Ids of documents whose entries must not be found."
+    )
 
     def contexts(self) -> list[str | TokenIds]:
         """The contexts, one entry each."""

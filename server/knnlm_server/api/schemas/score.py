@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from pydantic.config import JsonDict
 from pydantic.json_schema import SkipJsonSchema
 
-from knnlm_core.windows import check_window
+from knnlm_core.windows import WindowSizes, settle_windows
 from knnlm_server.api.schemas.answers import Answer
-from knnlm_server.api.schemas.common import Body, DocumentIds, KnnBody, ListOfTokenIds, NonEmpty, Texts, TokenIds
+from knnlm_server.api.schemas.common import (
+    Body,
+    ClosedBody,
+    DocumentIds,
+    KnnBody,
+    ListOfTokenIds,
+    NonEmpty,
+    Off,
+    Texts,
+    TokenIds,
+)
 from knnlm_server.api.schemas.events import json_lines
 from knnlm_server.api.schemas.limits import shown
 
 MAX_TEXTS = 4096
-DEFAULT_WINDOW = 1024
+MAX_SCORE_TOKENS = 16_000_000  # of all texts; about 20 bytes each while they are scored
 _TEXTS = shown(minItems=1, maxItems=MAX_TEXTS)
 
 
-class Windows(NamedTuple):
-    """See `rolling_windows`."""
-
-    window: int
-    stride: int
-
-
-class DocumentInput(BaseModel):
+class DocumentInput(ClosedBody):
     """A document of the datastore, scored as if the datastore did not hold it."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     document_id: NonEmpty
 
@@ -60,30 +61,29 @@ class ScoreBody(Body):
         Field(description="A text, texts, lists of token ids, or documents of the datastore.")
     )
     knn: KnnBody | None = None
-    per_token: bool = Field(default=False, description="Report every token.")
-    overlap: bool = Field(
+    per_token: Off = Field(default=False, description="Report every token.")
+    overlap: Off = Field(
         default=False,
         description="Report the tokens by the longest run that ends with them and stands in the datastore, within one "
         "document that is not excluded. Needs a datastore.",
     )
-    exclude_documents: DocumentIds = Field(default=[], description="Ids of documents whose entries must not be found.")
+    exclude_documents: DocumentIds | None = Field(
+        default=None, description="Ids of documents whose entries must not be found."
+    )
     window: Annotated[int, shown(minimum=2)] | None = Field(
         default=None, description="Tokens per window; 1024 by default, or the LM's context."
     )
     stride: Annotated[int, shown(minimum=1)] | None = Field(
         default=None, description="Tokens scored per window after the first; half the window by default."
     )
-    stream: bool = Field(default=False, description="Send each text as soon as it is done, and progress meanwhile.")
+    stream: Off = Field(default=False, description="Send each text as soon as it is done, and progress meanwhile.")
 
-    def windows(self, max_length: int) -> Windows:
+    def windows(self, max_length: int) -> WindowSizes:
         """How texts are cut for an LM with a context of ``max_length`` tokens.
 
         Raises: InvalidParameter: window or stride is out of bounds.
         """
-        window = self.window if self.window is not None else min(DEFAULT_WINDOW, max_length)
-        stride = self.stride if self.stride is not None else max(1, window // 2)
-        check_window(window, stride, max_length)
-        return Windows(window, stride)
+        return settle_windows(self.window, self.stride, max_length=max_length)
 
     def inputs(self) -> list[ScoreInput]:
         """What is to be scored, one entry per text."""

@@ -10,7 +10,7 @@ from pydantic.config import JsonDict
 from knnlm_core.errors import InvalidParameter
 from knnlm_server.api.schemas.answers import Answer
 from knnlm_server.api.schemas.chat import Messages, TemplateBody
-from knnlm_server.api.schemas.common import Body, Text, TokenIds
+from knnlm_server.api.schemas.common import Body, Off, Text, TokenIds
 
 MAX_TOKENS = 1 << 20
 
@@ -34,7 +34,7 @@ class TokenizeBody(TemplateBody):
         description="Put BOS first where the tokenizer does so; true by default for a text. A chat template writes "
         "its own special tokens.",
     )
-    return_token_strs: bool = Field(default=False, description="Also say what the vocabulary calls the tokens.")
+    return_token_strs: Off = Field(default=False, description="Also say what the vocabulary calls the tokens.")
 
     def check(self) -> None:
         """Raises InvalidParameter: fields that do not go together."""

@@ -7,6 +7,7 @@ import math
 import re
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -29,9 +30,10 @@ from knnlm_cli.score_connection import Connection, _lines
 from knnlm_cli.score_http import http_scorer
 from knnlm_cli.score_plot import draw_gains, overlap_bins, position_bins, require_matplotlib, save
 from knnlm_cli.score_progress import _TimeLeftColumn, scoring_progress
-from knnlm_cli.score_report import Total, buckets, to_json, total_of
+from knnlm_cli.score_report import Total, to_json, total_of
 from knnlm_cli.score_results import DocumentScores, Scores
 from knnlm_cli.score_settings import read_settings
+from knnlm_cli.score_stored import stored_among
 from knnlm_cli.score_table import MAX_ROWS, print_report
 from knnlm_cli.score_used import Setting, Used, choose_windows
 from knnlm_core.errors import InvalidParameter, Overloaded, ServiceError, UnsupportedFeature
@@ -125,7 +127,7 @@ def test_few_blocks_or_a_token_of_probability_zero_give_no_interval() -> None:
 
 def test_every_token_is_in_one_bucket() -> None:
     scores = scores_of([900, 40])
-    found = buckets(scores)
+    found = total_of(scores, with_retrieval=True).overlap
     assert found is not None
     assert [bucket.label for bucket in found] == ["0", "1", "2–3", "4–7", "8–15", "16–31", "32+"]
     matches = scores.longest_match
@@ -134,7 +136,7 @@ def test_every_token_is_in_one_bucket() -> None:
         assert bucket.tokens == (matches == length).sum()
         assert bucket.base.nll == pytest.approx(-scores.base[matches == length].astype(float).sum(), rel=1e-9)
     assert sum(bucket.tokens for bucket in found) == 940
-    assert buckets(scores_of([10], overlap=False)) is None
+    assert total_of(scores_of([10], overlap=False), with_retrieval=True).overlap is None
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
@@ -251,7 +253,7 @@ def test_bins_by_position_are_means_over_octaves(lengths: list[int]) -> None:
 
 
 def test_an_empty_bucket_is_a_bin_without_gain() -> None:
-    found = buckets(scores_of([10]))
+    found = total_of(scores_of([10]), with_retrieval=True).overlap
     assert found is not None
     bins = overlap_bins(np.full(4, 2, np.uint8), np.array([1.0, 2.0, 3.0, 4.0]), found)
     assert [(b.label, b.tokens, b.mean) for b in bins[:3]] == [("0", 0, 0.0), ("1", 0, 0.0), ("2–3", 4, 2.5)]
@@ -396,6 +398,43 @@ def test_error_bodies_become_errors_of_ours(response: httpx.Response, error: typ
         connection._object(response)
     assert type(raised.value) is error
     assert str(raised.value).startswith(message)
+
+
+class Shelf:
+    """Holds documents, and counts the questions of those who look for them."""
+
+    def __init__(self, held: set[str]) -> None:
+        self.held = held
+        self.questions: list[int] = []
+
+    def holds_all(self, ids: Sequence[str]) -> bool:
+        self.questions.append(len(ids))
+        return self.held.issuperset(ids)
+
+
+@given(st.lists(st.booleans(), max_size=200), st.integers(1, 40))
+def test_what_is_stored_is_found_by_asking_for_some_at_once(stored: list[bool], most: int) -> None:
+    ids = [str(i) for i in range(len(stored))]
+    shelf = Shelf({i for i, is_stored in zip(ids, stored, strict=True) if is_stored})
+    assert stored_among(ids, shelf.holds_all, most) == shelf.held
+    assert all(1 <= size <= most for size in shelf.questions)
+
+
+@pytest.mark.parametrize(
+    ("stored", "most", "questions"),
+    [
+        ([True] * 1024, 1024, 1),
+        ([True] * 1024, 1000, 2),
+        ([False] * 1024, 1024, 1024 + 10),  # ten halvings until the first is known to be missing, the last of them
+        ([True] * 500 + [False] + [True] * 523, 1024, 1 + 10 + 10),  # all of them, halving, doubling
+        ([True, False] * 512, 1024, 1024 * 3 // 2 + 10),  # the worst there is
+    ],
+)
+def test_stored_documents_are_found_in_few_questions(stored: list[bool], most: int, questions: int) -> None:
+    ids = [str(i) for i in range(len(stored))]
+    shelf = Shelf({i for i, is_stored in zip(ids, stored, strict=True) if is_stored})
+    assert stored_among(ids, shelf.holds_all, most) == shelf.held
+    assert len(shelf.questions) <= questions
 
 
 class _Answers(BaseHTTPRequestHandler):
