@@ -1,7 +1,7 @@
 """Time and memory of scoring over HTTP with a datastore, against the base LM alone and against a plain script.
 
 Text: the eval pages, then training pages that are not in the store, until 100,000 tokens. Store: 300,000 entries, as in
-strided_protocol. Windows of 1024 tokens, stride 512. Groups of some 10,000 tokens go to one running server in every
+strided_protocol. Windows of 1024 tokens, stride 512. Groups of some 25,000 tokens go to one running server in every
 mode, in an order that rotates from group to group, so that a drifting machine hits all modes alike; ratios are of
 summed times. The plain script scores the first pages of the first group in this process, the server being idle, and
 then the server scores the same pages. Memory: the server's peak resident set (reset before each) while one text of the
@@ -27,7 +27,7 @@ from knnlm_client import Client
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.lm.loading import load_lm
 
-PORT, TOKENS, GROUP_TOKENS, PLAIN_TOKENS = 8766, 100_000, 10_000, 3_000
+PORT, TOKENS, GROUP_TOKENS, PLAIN_TOKENS = 8766, 100_000, 25_000, 3_000
 WINDOW, STRIDE, MANY = 1024, 512, 1024
 MEMORY_TOKENS = (16_000, 48_000)
 

@@ -34,7 +34,7 @@ Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 Bitmap = npt.NDArray[np.uint8]
 
-_MAX_QUERIES = 4_096  # queries that share a reading of the lists
+_MAX_QUERIES = 8_192  # queries that share a reading of the lists
 _CANDIDATES = 1 << 26  # distances held at a time, float32
 _PRODUCTS = 1 << 20  # distances computed at a time, float64
 _NUMBERS = 1 << 19  # numbers of keys, and of queries gathered for them, held at a time, float64

@@ -174,5 +174,6 @@ class Tokenizer:
             text.encode()  # escapes in a template can make half a surrogate pair
         except Exception as error:  # a template is a program of the model's author and may raise anything
             message = first_line(error)[:_MAX_TEMPLATE_MESSAGE]
-            raise InvalidParameter(f"the chat template refuses `messages`: {message}", param="messages") from error
+            what = "`messages` with these `chat_template_kwargs`" if variables else "`messages`"
+            raise InvalidParameter(f"the chat template refuses {what}: {message}", param="messages") from error
         return text

@@ -28,7 +28,7 @@ def echo_of_text(text: str, encoding: Encoding) -> Echo:
 
 
 def echo_of_ids(token_ids: Sequence[int], tokenizer: Tokenizer, skip_special_tokens: bool) -> Echo:
-    """Token ids are echoed decoded."""
+    """Token ids are echoed decoded; where they end inside a character, the completion begins with the whole of it."""
 
     def decode(ids: Sequence[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
