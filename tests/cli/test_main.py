@@ -171,7 +171,11 @@ def test_an_unknown_subcommand_is_wrong_usage_and_suggests_the_nearest(environme
 def test_an_interrupt_ends_quietly_with_130(environment: dict[str, str]) -> None:
     command = [sys.executable, "-m", "knnlm_cli", "sleep"]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+    # A run in the background ignores interrupts, and its children would too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+    signal.signal(signal.SIGINT, before)
+    with process:
         assert process.stdout is not None
         assert process.stdout.readline() == "asleep\n"
         process.send_signal(signal.SIGINT)

@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 def reserve(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros of which, on a CPU, only the pages that are written to ever take memory; torch.zeros writes to all."""
-    if device.type != "cpu":
+    if device.type != "cpu" or not math.prod(shape):
         return torch.zeros(*shape, dtype=dtype, device=device)
     pages = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(pages).view(dtype).view(*shape)

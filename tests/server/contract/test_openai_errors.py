@@ -21,17 +21,21 @@ ASK = [{"role": "user", "content": "Who?"}]
 
 
 class Caller:
-    """A client of a server, and how many requests it has sent."""
+    """A client of a server, how many requests it has sent, and the status of each answer."""
 
     def __init__(self, server: LiveServer, key: str = "any", max_retries: int = 2) -> None:
         self.attempts = 0
-        http = openai.DefaultHttpxClient(event_hooks={"request": [self._count]})
+        self.answers: list[int] = []
+        http = openai.DefaultHttpxClient(event_hooks={"request": [self._count], "response": [self._note]})
         self.client = openai.OpenAI(
             base_url=f"{server.url}/v1", api_key=key, max_retries=max_retries, http_client=http, timeout=30
         )
 
     def _count(self, _: object) -> None:
         self.attempts += 1
+
+    def _note(self, response: Any) -> None:
+        self.answers.append(response.status_code)
 
     def complete(self, **body: Any) -> str:
         """The text of a completion."""
@@ -191,7 +195,7 @@ def test_a_full_server_is_503_and_the_library_comes_back_when_told(strict: LiveS
         assert (error.status_code, error.type, impatient.attempts) == (503, "service_unavailable_error", 1)
         assert int(error.response.headers["retry-after"]) >= 1
         second = pool.submit(patient.complete)
-        wait_until(lambda: patient.attempts == 1)
+        wait_until(lambda: patient.answers == [503])
         brake.release()
         assert first.result(30)
         assert second.result(30)
