@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 WITH_DATA = ("reference_protocol", "strided_protocol", "lm_eval_agreement")
-WITHOUT_DATA = ("encode_overhead", "streams")  # streams last: it uses the store that strided_protocol leaves
+WITHOUT_DATA = ("encode_overhead", "prefix_cache", "streams")  # streams last: it uses the store that strided_protocol leaves
 
 
 def main() -> None:

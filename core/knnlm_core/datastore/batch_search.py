@@ -35,7 +35,7 @@ Ids = npt.NDArray[np.int64]
 Bitmap = npt.NDArray[np.uint8]
 
 _MAX_QUERIES = 8_192  # queries that share a reading of the lists
-_CANDIDATES = 1 << 26  # distances held at a time, float32
+_CANDIDATES = 1 << 27  # distances held at a time, float32
 _PRODUCTS = 1 << 20  # distances computed at a time, float64
 _NUMBERS = 1 << 19  # numbers of keys, and of queries gathered for them, held at a time, float64
 _ID_BITS = 32  # of a candidate, whose upper half is its distance
