@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-WITH_DATA = ("reference_protocol", "strided_protocol", "lm_eval_agreement")
-WITHOUT_DATA = ("encode_overhead", "prefix_cache", "streams")  # streams last: it uses the store that strided_protocol leaves
+WITH_DATA = ("reference_protocol", "strided_protocol", "lm_eval_agreement", "scoring")
+# streams last: it uses the store that strided_protocol leaves
+WITHOUT_DATA = ("encode_overhead", "prefix_cache", "streams")
 
 
 def main() -> None:
@@ -19,7 +20,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".bench"), help="where datastores are built")
     parser.add_argument("--only", nargs="*", choices=[*WITHOUT_DATA, *WITH_DATA], help="which to run")
     args = parser.parse_args()
-    chosen = args.only or ["encode_overhead", *(WITH_DATA if args.data else ()), "streams"]
+    chosen = args.only or [*WITHOUT_DATA[:-1], *(WITH_DATA if args.data else ()), WITHOUT_DATA[-1]]
     store = args.work / "datastores" / "bench"
     for name in chosen:
         command = [sys.executable, str(Path(__file__).parent / f"{name}.py"), "--model", args.model]
