@@ -18,6 +18,7 @@ from knnlm_cli.score_stored import stored_among
 from knnlm_cli.score_used import Setting, Used, choose_retrieval, choose_windows
 from knnlm_core.errors import DatastoreNotFound, InvalidParameter, ModelNotFound, NotReady, ServiceError
 from knnlm_server.api.schemas.common import MAX_EXCLUDED_DOCUMENTS
+from knnlm_server.api.trace_rendering import LOWEST
 
 SEPARATOR = "@"
 # Enough for the server to fill its passes; far below what it takes as one body.
@@ -26,7 +27,6 @@ BATCH_CHARACTERS = 200_000
 # Read ahead, so that documents that need no request of their own share one across those that do.
 STRETCH_DOCUMENTS = 1024
 STRETCH_CHARACTERS = 1_000_000
-LOWEST = -9999.0  # how the server writes the log-probability of a token of probability zero
 # A text without a scored token: the server checks everything else and computes nothing.
 NOTHING = [[0]]
 

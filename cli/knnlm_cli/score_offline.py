@@ -19,6 +19,7 @@ from knnlm_cli.score_settings import ScoreSettings
 from knnlm_cli.score_used import Setting, Used, choose_retrieval, choose_windows
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.calibration import Calibration
+from knnlm_core.datastore.exclusion import merge_ranges
 from knnlm_core.datastore.overlap import longest_matches
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.errors import DatastoreNotFound, InvalidParameter
@@ -182,7 +183,7 @@ def _retrieval(datastore: Datastore, settings: Mapping[str, Setting], excluded: 
         knn_temperature=float(settings["temperature"].value),
         lmbda=float(settings["lambda"].value),
         gate=parse_gate(str(settings["gate"].value)),
-        exclude=tuple(sorted({datastore.document_entries(document_id) for document_id in excluded})),
+        exclude=merge_ranges(datastore.document_entries(document_id) for document_id in excluded),
     )
     retrieval.check()
     return retrieval

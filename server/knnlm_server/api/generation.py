@@ -7,7 +7,6 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +16,7 @@ from fastapi.responses import Response
 from knnlm_core.errors import InvalidParameter, KnnlmError, PromptTooLong
 from knnlm_core.lm.tokenizer import Tokenizer
 from knnlm_server.api.disconnect import until_disconnect
+from knnlm_server.api.engine_call import EngineCall
 from knnlm_server.api.errors import error_event
 from knnlm_server.api.schemas.generation import GenerationBody
 from knnlm_server.api.selection import Selection
@@ -79,10 +79,10 @@ class GenerationJob:
         self.plan = plan
         self.id = answer_id
         self._created = int(time.time())
-        self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[JobEvent] = asyncio.Queue()
         self._num_finished = self._completion_tokens = 0
         self._requests: list[CompletionRequest] = []
+        self._calls: list[EngineCall] = []
         self._lease = SharedLease(selection)
         self._is_open = True
         try:
@@ -91,46 +91,36 @@ class GenerationJob:
             self.close()
             raise
 
-    def _request(self, index: int, prompt_ids: list[int]) -> CompletionRequest:
+    def _submit(self) -> None:
+        """All prompts are accepted or none."""
         params = self.plan.params
         stops = StopMatcher(params.stop, params.include_stop_str_in_output)
+        self._calls = [EngineCall(self.backend.engine, self._lease, lambda error: None) for _ in self.plan.prompts]
+        self._requests = [self._request(index, call, stops) for index, call in enumerate(self._calls)]
+        for call, request in zip(self._calls, self._requests, strict=True):
+            call.submit(request)
+
+    def _request(self, index: int, call: EngineCall, stops: StopMatcher) -> CompletionRequest:
+        params = self.plan.params
         return CompletionRequest(
             request_id=f"{self.id}-{index}",
-            prompt_ids=prompt_ids,
+            prompt_ids=self.plan.prompts[index],
             params=params,
             retrieval=self.selection.retrieval,
             choices=[Choice(i, self.plan.detokenizers[index].copy(), stops.copy()) for i in range(params.n)],
             seed=params.seed if params.seed is not None else secrets.randbits(63),
-            emit=lambda event: self._call(self._events.put_nowait, JobEvent(index, event)),
-            on_end=self._ended,
+            emit=lambda event: call.report(self._events.put_nowait, JobEvent(index, event)),
+            on_end=lambda: call.end(None),
             trace_neighbors=TRACE_NEIGHBORS if self.plan.with_trace else 0,
             prompt_logprobs=self.plan.prompt_logprobs,
         )
-
-    def _submit(self) -> None:
-        """All prompts are accepted or none."""
-        self._requests = [self._request(index, prompt_ids) for index, prompt_ids in enumerate(self.plan.prompts)]
-        for request in self._requests:
-            self.backend.engine.submit(request)
-            self._lease.hold()
-
-    def _call(self, function: Callable[..., None], *args: Any) -> None:
-        """From the engine's thread to the event loop, which may be gone at shutdown."""
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(function, *args)
-
-    def _ended(self) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._lease.drop)
-        except RuntimeError:
-            self._lease.drop()
 
     def close(self) -> None:
         """End what still runs and give the lease back; closing again does nothing."""
         if self._is_open:
             self._is_open = False
-            for request in self._requests:
-                self.backend.engine.abort(request)
+            for call in self._calls:
+                call.abort()
             self._lease.drop()
 
     async def in_thread(self, render: Callable[[], T]) -> T:

@@ -17,6 +17,7 @@ from knnlm_core.knn.gates import Gate
 from knnlm_core.lm.tokenizer import Tokenizer
 from knnlm_core.mixture import Retrieval
 from knnlm_server.api.disconnect import until_disconnect
+from knnlm_server.api.engine_call import EngineCall
 from knnlm_server.api.json_route import JsonRoute
 from knnlm_server.api.schemas.common import TokenIds
 from knnlm_server.api.schemas.neighbors import RESPONSES, NeighborsBody
@@ -24,7 +25,6 @@ from knnlm_server.api.security import KeyRequired
 from knnlm_server.api.selection import Selection, select
 from knnlm_server.api.shared_lease import SharedLease
 from knnlm_server.api.state import Backend, service
-from knnlm_server.api.window_call import WindowCall
 from knnlm_server.engine.neighbors import ContextNeighbors, NeighborsRequest, NextTokens
 
 router = APIRouter(route_class=JsonRoute, dependencies=[KeyRequired])
@@ -96,7 +96,7 @@ class _Plan(NamedTuple):
 
 async def _find(backend: Backend, lease: SharedLease, plan: _Plan) -> list[ContextNeighbors]:
     ended: asyncio.Future[KnnlmError | None] = asyncio.get_running_loop().create_future()
-    call = WindowCall(backend.engine, lease, lambda error: None if ended.done() else ended.set_result(error))
+    call = EngineCall(backend.engine, lease, lambda error: None if ended.done() else ended.set_result(error))
     found: list[ContextNeighbors] = []
     call.submit(
         NeighborsRequest(

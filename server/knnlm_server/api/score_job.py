@@ -16,11 +16,11 @@ from knnlm_core.datastore.overlap import longest_matches
 from knnlm_core.errors import KnnlmError
 from knnlm_core.windows import WindowSizes
 from knnlm_server.api.checkpoint import Checkpoint
+from knnlm_server.api.engine_call import EngineCall
 from knnlm_server.api.score_inputs import TextToScore
 from knnlm_server.api.selection import Selection
 from knnlm_server.api.shared_lease import SharedLease
 from knnlm_server.api.state import Backend
-from knnlm_server.api.window_call import WindowCall
 from knnlm_server.engine.scoring import ScoreRequest, TokenScores, no_scores
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class ScoreJob:
         self.plan = plan
         self._lease = lease
         self._threads = backend.threads
-        self._call = WindowCall(backend.engine, lease, self._ended)
+        self._call = EngineCall(backend.engine, lease, self._ended)
         self._scored = [index for index, text in enumerate(plan.texts) if text.num_scored]
         self._num_tokens = sum(text.num_scored for text in plan.texts)
         self._request = ScoreRequest(

@@ -29,6 +29,8 @@ class EngineMetrics:
             ["decision"],
             registry=self.registry,
         )
+        # Looked up once: they move with every token.
+        self._searched, self._skipped = (self.retrievals.labels(decision) for decision in ("searched", "skipped"))
         self.first_token = Histogram(
             "knnlm_time_to_first_token_seconds",
             "From submission to the first token.",
@@ -47,5 +49,5 @@ class EngineMetrics:
 
     def count_retrievals(self, searched: int, skipped: int) -> None:
         """Tokens that have a datastore, by whether it was searched for them."""
-        self.retrievals.labels("searched").inc(searched)
-        self.retrievals.labels("skipped").inc(skipped)
+        self._searched.inc(searched)
+        self._skipped.inc(skipped)

@@ -1,4 +1,4 @@
-"""An engine request that works in whole windows, seen from the event loop."""
+"""An engine request, seen from the event loop."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 
 from knnlm_core.errors import KnnlmError
 from knnlm_server.api.shared_lease import SharedLease
-from knnlm_server.engine.engine import Engine
-from knnlm_server.engine.window_work import WindowWork
+from knnlm_server.engine.engine import Engine, Request
 
 
-class WindowCall:
+class EngineCall:
     """Carries what one request reports from the engine's thread to the event loop; holds the lease while it runs.
 
     Args:
@@ -24,10 +23,10 @@ class WindowCall:
         self._lease = lease
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
-        self._request: WindowWork | None = None
+        self._request: Request | None = None
 
-    def submit(self, request: WindowWork) -> None:
-        """Raises Overloaded, ShuttingDown: the engine does not take it; then nothing is ever reported."""
+    def submit(self, request: Request) -> None:
+        """Raises: as `Engine.submit`; then nothing is ever reported."""
         self._lease.hold()
         try:
             self._engine.submit(request)
