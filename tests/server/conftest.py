@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chat_folder import with_template
 from exact_reference import ExactReference
 from live_server import LiveServer, wait_until
 from small_stores import Published, Start, publish
@@ -88,6 +89,26 @@ def live_server(_session_server: LiveServer) -> Iterator[LiveServer]:
     yield _session_server
     # The last answer may be here a moment before its lease is given back.
     wait_until(_session_server.is_idle, within_s=5)
+
+
+@pytest.fixture(scope="session")
+def chat_folder(lm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, whose tokenizer brings a chat template."""
+    return with_template(lm_folder, tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="session")
+def _chat_server(chat_folder: Path, published: Published) -> Iterator[LiveServer]:
+    settings = ServerSettings(model=str(chat_folder), datastores=published.root, max_sequences=8, drain_timeout_s=5)
+    with LiveServer(settings) as server:
+        yield server
+
+
+@pytest.fixture
+def chat_server(_chat_server: LiveServer) -> Iterator[LiveServer]:
+    """A server whose model can chat, shared by the tests; each one must leave it idle."""
+    yield _chat_server
+    wait_until(_chat_server.is_idle, within_s=5)
 
 
 @pytest.fixture

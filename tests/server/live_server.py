@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -178,16 +178,24 @@ class Brake:
 
 
 @contextmanager
-def slowed(lm: HuggingFaceLM, seconds: float) -> Iterator[None]:
-    """Every forward pass takes this much longer."""
-    forward = lm.forward
+def before_each_pass(lm: HuggingFaceLM, act: Callable[[], object], *, path: str = "encode") -> Iterator[None]:
+    """Every pass of the real LM comes after something that a test wants.
 
-    def slow(batch: list[Span]) -> Rows:
-        time.sleep(seconds)
-        return forward(batch)
+    Args:   path: ``encode``, as scoring goes, or ``forward``, as generation does.
+    """
+    run = getattr(lm, path)
 
-    lm.forward = slow  # type: ignore[method-assign]
+    def act_and_run(*args: Any) -> Any:
+        act()
+        return run(*args)
+
+    setattr(lm, path, act_and_run)
     try:
         yield
     finally:
-        del lm.forward
+        delattr(lm, path)
+
+
+def slowed(lm: HuggingFaceLM, seconds: float) -> AbstractContextManager[None]:
+    """Every pass of generation takes this much longer."""
+    return before_each_pass(lm, lambda: time.sleep(seconds), path="forward")

@@ -10,13 +10,12 @@ from typing import Any
 import openai
 import pytest
 from chat_folder import END_OF_TURN, with_template
-from live_server import LiveServer, parse_events, wait_until
+from live_server import LiveServer, parse_events
 from small_stores import Published, Start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from knnlm_server.api.schemas.chat import ChatBody
 from knnlm_server.api.schemas.chat_answers import ChatCompletion
-from knnlm_server.settings import ServerSettings
 
 ASK: list[dict[str, Any]] = [
     {"role": "system", "content": "You know the law."},
@@ -24,25 +23,6 @@ ASK: list[dict[str, Any]] = [
 ]
 LAW = "tiny-lm@law"
 NO_END = {"logit_bias": {"0": -100, str(END_OF_TURN): -100}}
-
-
-@pytest.fixture(scope="module")
-def folder(lm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return with_template(lm_folder, tmp_path_factory.mktemp("chat"))
-
-
-@pytest.fixture(scope="module")
-def _chat_server(folder: Path, published: Published) -> Iterator[LiveServer]:
-    settings = ServerSettings(model=str(folder), datastores=published.root, max_sequences=8, drain_timeout_s=5)
-    with LiveServer(settings) as server:
-        yield server
-
-
-@pytest.fixture
-def chat_server(_chat_server: LiveServer) -> Iterator[LiveServer]:
-    """A server of a chat model; each test must leave it idle."""
-    yield _chat_server
-    wait_until(_chat_server.is_idle, within_s=5)
 
 
 @pytest.fixture
@@ -133,8 +113,8 @@ def test_the_openai_client_gets_errors_as_its_own(client: openai.OpenAI) -> None
 # -- what the model says -----------------------------------------------------------------------------------------------
 
 
-def test_a_greedy_answer_is_that_of_transformers(chat_server: LiveServer, folder: Path) -> None:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+def test_a_greedy_answer_is_that_of_transformers(chat_server: LiveServer, chat_folder: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(chat_folder), AutoTokenizer.from_pretrained(chat_folder)
     for turn in ("What may the tenant do?", "Der Käufer 🙂", "def f(x):", ""):
         messages = [*ASK[:1], {"role": "user", "content": turn}]
         inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
@@ -429,8 +409,8 @@ def test_a_template_that_makes_no_token_is_a_bad_request(
     assert "makes no token" in response.json()["error"]["message"]
 
 
-def test_a_key_is_asked_for(start_server: Start, folder: Path) -> None:
-    server = start_server(model=str(folder), api_key="user-key")
+def test_a_key_is_asked_for(start_server: Start, chat_folder: Path) -> None:
+    server = start_server(model=str(chat_folder), api_key="user-key")
     body = {"messages": ASK, "max_tokens": 1}
     assert server.post("/v1/chat/completions", body).status_code == 401
     headers = {"authorization": "Bearer user-key"}

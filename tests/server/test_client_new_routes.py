@@ -8,13 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
-from chat_folder import with_template
-from live_server import Brake, LiveServer, slowed, wait_until
+from live_server import Brake, LiveServer, before_each_pass, slowed, wait_until
 from small_stores import Published, Start
 from test_client_end_to_end import (
     LAW,
@@ -37,12 +34,7 @@ import knnlm_client as kc
 from knnlm_client import ChatMessage, DocumentInput, KnnOptions, StreamOptions
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.lm.huggingface import HuggingFaceLM
-from knnlm_server.settings import ServerSettings
 
-TEMPLATE = (
-    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}{{ sign_off or '' }}"
-)
 ASK = [ChatMessage(role="developer", content="Be brief."), {"role": "user", "content": "Who must keep the goods?"}]
 ASK_ON_THE_WIRE = [
     {"role": "developer", "content": "Be brief."},
@@ -101,22 +93,6 @@ def caller(kind: Callable[..., StreamingCaller], live_server: LiveServer) -> Ite
     caller = kind(live_server.url)
     yield caller
     caller.close()
-
-
-@contextmanager
-def before_each_scoring_pass(lm: HuggingFaceLM, act: Callable[[], object]) -> Iterator[None]:
-    """Scoring windows are encoded by the real LM, each pass after something that a test wants."""
-    encode = lm.encode
-
-    def act_and_encode(*args: Any) -> Any:
-        act()
-        return encode(*args)
-
-    lm.encode = act_and_encode  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del lm.encode
 
 
 # -- completions -----------------------------------------------------------------------------------------------------
@@ -185,28 +161,6 @@ def test_usage_grows_with_every_chunk_that_carries_it(caller: StreamingCaller) -
 # -- chat ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def chat_model(published: Published, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model, whose tokenizer brings a chat template."""
-    return with_template(published.model, tmp_path_factory.mktemp("chat"), TEMPLATE)
-
-
-@pytest.fixture(scope="module")
-def _chat_server(chat_model: Path, published: Published) -> Iterator[LiveServer]:
-    settings = ServerSettings(
-        model=str(chat_model), datastores=published.root, load=("law",), max_sequences=4, drain_timeout_s=5
-    )
-    with LiveServer(settings) as server:
-        yield server
-
-
-@pytest.fixture
-def chat_server(_chat_server: LiveServer) -> Iterator[LiveServer]:
-    """A server whose model can chat, shared by the tests; each one must leave it idle."""
-    yield _chat_server
-    wait_until(_chat_server.is_idle, within_s=5)
-
-
 @pytest.fixture
 def chatting(kind: Callable[..., StreamingCaller], chat_server: LiveServer) -> Iterator[StreamingCaller]:
     caller = kind(chat_server.url)
@@ -238,14 +192,14 @@ def test_a_chat_is_the_servers_own_answer_field_by_field(chatting: StreamingCall
 
 
 def test_a_chat_completes_the_rendered_conversation(chatting: StreamingCaller) -> None:
-    rendered = "<system>Be brief.\n<user>Who must keep the goods?\n<assistant>"
+    rendered = "[system]Be brief.<|end|>[user]Who must keep the goods?<|end|>[assistant]"
     tokens = chatting.call(lambda client: client.tokenize(ASK)).tokens
     assert tokens == chatting.call(lambda client: client.tokenize(rendered, add_special_tokens=False)).tokens
     assert chatting.call(lambda client: client.detokenize(tokens)) == rendered
     chat = chatting.call(lambda client: client.chat(ASK, model=LM, temperature=0, max_tokens=8))
     completion = chatting.call(lambda client: client.completions(tokens, model=LM, temperature=0, max_tokens=8))
     assert chat.choices[0].message.content == completion.choices[0].text
-    signed = chatting.call(lambda client: client.tokenize(ASK, chat_template_kwargs={"sign_off": "Yours"}))
+    signed = chatting.call(lambda client: client.tokenize(ASK, chat_template_kwargs={"opening": "Yours"}))
     assert signed.count > len(tokens)
 
 
@@ -387,7 +341,7 @@ def test_a_streamed_score_is_the_answer_in_pieces(caller: StreamingCaller) -> No
 
 def test_a_slow_score_shows_its_progress(caller: StreamingCaller, live_server: LiveServer) -> None:
     texts = [f"{text} {index}" for index in range(10) for text in TEXTS]
-    with before_each_scoring_pass(live_server.lm, lambda: time.sleep(0.05)):
+    with before_each_pass(live_server.lm, lambda: time.sleep(0.05)):
         events = caller.events(lambda client: client.stream_score(texts, model=LM, window=32, stride=8))
     done = [event.tokens_done for event in events if isinstance(event, kc.ScoreProgress)]
     assert len(done) > 1
@@ -396,7 +350,7 @@ def test_a_slow_score_shows_its_progress(caller: StreamingCaller, live_server: L
 
 def test_leaving_a_streamed_score_early_ends_the_job(caller: StreamingCaller, live_server: LiveServer) -> None:
     texts = [f"{text} {index}" for index in range(200) for text in TEXTS]
-    with before_each_scoring_pass(live_server.lm, lambda: time.sleep(0.05)):  # over ten seconds to the end
+    with before_each_pass(live_server.lm, lambda: time.sleep(0.05)):  # over ten seconds to the end
         assert caller.events(lambda client: client.stream_score(texts, model=LAW), leave_after=1)
         wait_until(live_server.is_idle, within_s=5)
 
@@ -408,7 +362,7 @@ def test_an_error_inside_a_streamed_score_is_the_clients_own(caller: StreamingCa
         if next(passes) == 2:
             raise RuntimeError("an inside that nobody may see")
 
-    with before_each_scoring_pass(live_server.lm, fail_at_the_second), pytest.raises(kc.EngineFailure) as caught:
+    with before_each_pass(live_server.lm, fail_at_the_second), pytest.raises(kc.EngineFailure) as caught:
         caller.events(lambda client: client.stream_score(TEXTS * 100, model=LM, window=16, stride=4))
     assert "inside" not in str(caught.value)
 
@@ -546,7 +500,7 @@ def test_a_busy_server_says_how_busy(caller: StreamingCaller, live_server: LiveS
         held.set()
         assert go_on.wait(TIMEOUT_S)
 
-    with before_each_scoring_pass(live_server.lm, hold), ThreadPoolExecutor(1) as pool:
+    with before_each_pass(live_server.lm, hold), ThreadPoolExecutor(1) as pool:
         scored = pool.submit(live_server.score, TEXTS, model=LM)
         assert held.wait(TIMEOUT_S)
         busy = caller.call(lambda client: client.ready())

@@ -6,14 +6,13 @@ import json
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from live_server import LiveServer, wait_until
+from live_server import LiveServer, before_each_pass, wait_until
 from pydantic import TypeAdapter
 
 from knnlm_core.datastore import overlap
@@ -48,22 +47,6 @@ def lines_of(response: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-@contextmanager
-def slowed_passes(lm: HuggingFaceLM, act: Callable[[], object]) -> Iterator[None]:
-    """Each pass over windows is the real one, after something else."""
-    encode = lm.encode
-
-    def act_and_encode(*args: Any) -> Any:
-        act()
-        return encode(*args)
-
-    lm.encode = act_and_encode  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del lm.encode
-
-
 @pytest.mark.parametrize("options", [{}, {"per_token": True}, {"per_token": True, "overlap": True}])
 def test_a_stream_is_the_answer_in_lines(
     live_server: LiveServer, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
@@ -83,7 +66,7 @@ def test_a_stream_is_the_answer_in_lines(
 
 def test_progress_grows_up_to_everything(live_server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score_route, "PROGRESS_S", 0.02)
-    with slowed_passes(live_server.lm, lambda: time.sleep(0.05)):
+    with before_each_pass(live_server.lm, lambda: time.sleep(0.05)):
         lines = lines_of(live_server.post("/v1/score", {**BODY, "input": TEXTS * 9, "stride": 1}))
     progress = [line for line in lines if line["object"] == "score.progress"]
     assert len(progress) > 4
@@ -110,7 +93,7 @@ def test_a_failure_is_the_last_line(live_server: LiveServer) -> None:
         if next(passes) == 1:
             raise RuntimeError("an inside that nobody may see")
 
-    with slowed_passes(live_server.lm, fail_at_the_second):
+    with before_each_pass(live_server.lm, fail_at_the_second):
         lines = lines_of(live_server.post("/v1/score", {**BODY, "input": TEXTS * 9, "stride": 1}))
     assert lines[-1]["error"]["code"] == "engine_failure"
     assert "inside" not in json.dumps(lines)
@@ -120,7 +103,7 @@ def test_a_failure_is_the_last_line(live_server: LiveServer) -> None:
 
 def test_leaving_a_stream_frees_it(live_server: LiveServer) -> None:
     body = {**BODY, "input": TEXTS * 100, "stride": 1}
-    slowed = slowed_passes(live_server.lm, lambda: time.sleep(0.1))  # over ten seconds to the end
+    slowed = before_each_pass(live_server.lm, lambda: time.sleep(0.1))  # over ten seconds to the end
     with slowed, httpx.Client(base_url=live_server.url, trust_env=False) as client:
         with client.stream("POST", "/v1/score", json=body) as response:
             assert json.loads(next(response.iter_lines()))["object"] == "score.progress"

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from hypothesis import strategies as st
 
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.checksums import record_files
@@ -27,7 +29,7 @@ from knnlm_core.datastore.manifest import (
 from knnlm_core.datastore.publish import publish
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.datastore.writer import ShardWriter
-from knnlm_core.types import LMIdentity
+from knnlm_core.types import EntryRange, LMIdentity
 
 WORD = "abcdefg "  # every token of the test documents is one such word
 
@@ -133,3 +135,29 @@ def reference(
         order = sorted((i for i in range(len(keys)) if i not in excluded), key=lambda i: (every[i], i))[:k]
         ids[row, : len(order)], distances[row, : len(order)] = order, every[order]
     return ids, distances
+
+
+class GridCase(NamedTuple):
+    """Few distinct keys on a small grid: ties everywhere, across every shard border and every k-boundary."""
+
+    keys: npt.NDArray[np.float16]
+    trained: bool
+    cuts: list[int]
+    k: int
+    exclude: tuple[EntryRange, ...]
+
+    @property
+    def excluded(self) -> set[int]:
+        """The entries that `exclude` covers."""
+        return {i for r in self.exclude for i in range(r.first, r.stop)}
+
+
+def draw_grid_case(data: st.DataObject) -> GridCase:
+    """Small integers: every distance is exact in float32, so even ties must come out in the reference's order."""
+    n = data.draw(st.integers(170, 260), "entries")
+    trained = data.draw(st.booleans(), "trained")
+    keys = np.random.default_rng(data.draw(st.integers(0, 99), "seed")).integers(0, 3, (n, 3)).astype(np.float16)
+    cuts = sorted(data.draw(st.sets(st.integers(1, n - 1), max_size=4), "cuts"))
+    k = data.draw(st.integers(1, n + 20), "k")
+    bounds = st.tuples(st.integers(0, n), st.integers(0, n)).map(lambda p: EntryRange(*sorted(p)))
+    return GridCase(keys, trained, cuts, k, tuple(data.draw(st.lists(bounds, max_size=3), "exclude")))

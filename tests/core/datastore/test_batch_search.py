@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_store import Plan, open_new, random_keys, reference
+from small_store import Plan, draw_grid_case, open_new, random_keys, reference
 
 from knnlm_core.datastore import batch_search, shard
 from knnlm_core.datastore.index import ivf_spec
@@ -57,20 +57,13 @@ def assert_same(batch: Neighbors, single: Neighbors) -> None:
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_a_batch_finds_what_a_float64_scan_finds_ties_included(data: st.DataObject) -> None:
-    n = data.draw(st.integers(170, 260), "entries")
-    trained = data.draw(st.booleans(), "trained")
-    # Few distinct keys on a small grid: ties everywhere, across every shard border and every k-boundary.
-    keys = np.random.default_rng(data.draw(st.integers(0, 99), "seed")).integers(0, 3, (n, 3)).astype(np.float16)
-    cuts = sorted(data.draw(st.sets(st.integers(1, n - 1), max_size=4), "cuts"))
-    k = data.draw(st.integers(1, n + 20), "k")
-    bounds = st.tuples(st.integers(0, n), st.integers(0, n)).map(lambda p: EntryRange(*sorted(p)))
-    exclude = tuple(data.draw(st.lists(bounds, max_size=3), "exclude"))
-    excluded = {i for r in exclude for i in range(r.first, r.stop)}
+    case = draw_grid_case(data)
+    keys, cuts, k, exclude = case.keys, case.cuts, case.k, case.exclude
     queries = keys[: data.draw(st.integers(1, 40), "queries")].astype(np.float32)
-    ids, distances = reference(keys, queries, k, excluded)
+    ids, distances = reference(keys, queries, k, case.excluded)
     with (
         tempfile.TemporaryDirectory() as folder,
-        open_new(Path(folder), Plan(keys, cuts=cuts, spec=IVF if trained else None)) as store,
+        open_new(Path(folder), Plan(keys, cuts=cuts, spec=IVF if case.trained else None)) as store,
         pytest.MonkeyPatch.context() as patch,
     ):
         # Bounds so small that queries and lists are cut into several blocks.

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_store import Plan, open_new, random_keys, reference
+from small_store import Plan, draw_grid_case, open_new, random_keys, reference
 
 from knnlm_core.datastore.exclusion import allowed_bitmap, allowed_mask, merge_ranges
 from knnlm_core.datastore.index import choose_index, ivf_spec, train_index
@@ -64,19 +64,11 @@ def test_search_finds_what_a_float64_scan_finds(tmp_path: Path, spec: object, me
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_number_of_shards_is_one_index(data: st.DataObject) -> None:
-    n = data.draw(st.integers(170, 260), "entries")
-    trained = data.draw(st.booleans(), "trained")
-    # Few distinct keys on a small grid: ties everywhere, across every shard border and every k-boundary.
-    keys = np.random.default_rng(data.draw(st.integers(0, 99), "seed")).integers(0, 3, (n, 3)).astype(np.float16)
-    cuts = sorted(data.draw(st.sets(st.integers(1, n - 1), max_size=4), "cuts"))
-    k = data.draw(st.integers(1, n + 20), "k")
-    bounds = st.tuples(st.integers(0, n), st.integers(0, n)).map(lambda p: EntryRange(*sorted(p)))
-    exclude = tuple(data.draw(st.lists(bounds, max_size=3), "exclude"))
-    excluded = {i for r in exclude for i in range(r.first, r.stop)}
+    case = draw_grid_case(data)
+    keys, cuts, k, exclude = case.keys, case.cuts, case.k, case.exclude
     queries = keys[:5].astype(np.float32)
-    spec = IVF if trained else None
-    # Small integers: every distance is exact in float32, so even ties must come out in the reference's order.
-    ids, distances = reference(keys, queries, k, excluded)
+    spec = IVF if case.trained else None
+    ids, distances = reference(keys, queries, k, case.excluded)
     with tempfile.TemporaryDirectory() as folder, open_new(Path(folder), Plan(keys, cuts=cuts, spec=spec)) as store:
         for method in (store.search, store.search_exact):
             found = method(torch.from_numpy(queries), k, exclude=exclude)
