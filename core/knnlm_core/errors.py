@@ -18,7 +18,12 @@
     │   ├── DatastoreNotFound          no such name, version or document
     │   ├── DatastoreMismatch          built for another LM, tokenizer or key tap
     │   ├── DatastoreCorrupt           a file contradicts the manifest
-    │   └── DatastoreBusy              another change of the same name is under way
+    │   ├── DatastoreBusy              another change of the same name is under way
+    │   ├── DatastoreConflict          the present state does not allow the change
+    │   ├── DatastoreBudget            loading would exceed the server's memory budget
+    │   ├── DatastoreReadOnly          its folder cannot be written
+    │   ├── DocumentExists             a document of that id is there and alive
+    │   └── DocumentNotFound           no such document, or it was deleted
     ├── CorpusError
     │   ├── InputNotFound              a path does not exist
     │   ├── UnreadableInput            a file is not what its suffix says
@@ -184,6 +189,36 @@ class DatastoreBusy(DatastoreError):
     """Another change of the same datastore is under way."""
 
     code = "datastore_busy"
+
+
+class DatastoreConflict(DatastoreError):
+    """The datastore's present state does not allow the change, such as a rollback where nothing came before."""
+
+    code = "datastore_conflict"
+
+
+class DatastoreBudget(DatastoreError):
+    """Loading the datastore would exceed the server's budget for datastores."""
+
+    code = "datastore_budget"
+
+
+class DatastoreReadOnly(DatastoreError):
+    """The datastore's folder cannot be written, so nothing can be learned, deleted or published there."""
+
+    code = "datastore_read_only"
+
+
+class DocumentExists(DatastoreError):
+    """A document of that id is in the datastore already."""
+
+    code = "document_exists"
+
+
+class DocumentNotFound(DatastoreNotFound):
+    """No document of that id is in the datastore, or it was deleted."""
+
+    code = "document_not_found"
 
 
 class CorpusError(KnnlmError):

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import faiss
@@ -27,12 +26,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from knnlm_core.datastore.exclusion import Bitmap
+from knnlm_core.datastore.index import keys_of_codes, stored_keys
 from knnlm_core.datastore.merge import Found
 from knnlm_core.errors import DatastoreCorrupt
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
-Bitmap = npt.NDArray[np.uint8]
 
 _MAX_QUERIES = 8_192  # queries that share a reading of the lists
 _CANDIDATES = 1 << 27  # distances held at a time, float32
@@ -64,10 +64,10 @@ class Lists(Protocol):
 
 
 class IvfLists:
-    """The inverted lists of a trained index, mapped from ``path``."""
+    """The inverted lists of a trained, mapped index; ``origin`` is its file."""
 
-    def __init__(self, index: Any, nprobe: int, path: Path) -> None:
-        self._index, self._nprobe, self._path = index, nprobe, path
+    def __init__(self, index: Any, nprobe: int, origin: str) -> None:
+        self._index, self._nprobe, self._origin = index, nprobe, origin
         self.sizes = np.array([index.invlists.list_size(number) for number in range(index.nlist)], dtype=np.int64)
 
     def visits(self, queries: Floats) -> Ids:
@@ -82,8 +82,8 @@ class IvfLists:
             return StoredList(np.empty((0, index.d), np.float16), np.empty(0, np.int64))
         ids: Ids = faiss.rev_swig_ptr(index.invlists.get_ids(number), size)
         if (largest := int(ids.view(np.uint64).max())) >= index.ntotal:
-            raise DatastoreCorrupt(f"{self._path} holds entry {largest} of {index.ntotal} in list {number}")
-        return StoredList(_as_keys(index.invlists.get_codes(number), size, index.d), ids)
+            raise DatastoreCorrupt(f"{self._origin} holds entry {largest} of {index.ntotal} in list {number}")
+        return StoredList(keys_of_codes(index.invlists.get_codes(number), size, index.d), ids)
 
 
 class WholeIndex:
@@ -100,12 +100,7 @@ class WholeIndex:
     def read(self, number: int) -> StoredList:
         """As `Lists.read`."""
         index = self._index
-        return StoredList(_as_keys(index.codes.data(), index.ntotal, index.d), np.arange(index.ntotal))
-
-
-def _as_keys(codes: Any, size: int, dim: int) -> npt.NDArray[np.float16]:
-    stored: npt.NDArray[np.uint8] = faiss.rev_swig_ptr(codes, size * 2 * dim)
-    return stored.view(np.float16).reshape(size, dim)
+        return StoredList(stored_keys(index), np.arange(index.ntotal))
 
 
 def search_batch(lists: Lists, queries: Floats, k: int, bitmap: Bitmap | None) -> Found:

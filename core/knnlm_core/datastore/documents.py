@@ -190,6 +190,9 @@ class DocumentTable:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def __contains__(self, document_id: str) -> bool:
+        return document_id in self._rows
+
     def ids(self) -> list[str]:
         """Every document's id, in entry order."""
         return list(self._rows)

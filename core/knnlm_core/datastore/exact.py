@@ -8,16 +8,16 @@ whether a nearer entry can have been missed. Rows where it can are nominated aga
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from knnlm_core.datastore.exclusion import allowed_bitmap, allowed_mask
+from knnlm_core.datastore.exclusion import Bitmap, allowed_mask
 from knnlm_core.datastore.merge import Found, merge_found, sort_found
 from knnlm_core.datastore.shard import Queries, Shard
-from knnlm_core.types import EntryRange
 
 _BLOCK_KEYS = 16_384
 _BLOCK_QUERIES = 1_024
@@ -26,18 +26,26 @@ _GATHER_NUMBERS = 16 * 1024 * 1024  # float32 numbers gathered at a time when di
 _EPSILON = float(np.finfo(np.float32).eps)
 
 
-def search_exact(shards: Sequence[Shard], queries: Queries, k: int, exclude: Sequence[EntryRange]) -> Found:
-    """The k nearest entries by (distance, id), with global ids and direct distances to the stored fp16 keys.
+class ExactPart(NamedTuple):
+    """A shard to be searched."""
+
+    first_entry: int  # added to its ids
+    shard: Shard
+    bitmap: Bitmap | None  # entries that may be found; None for all
+
+
+def search_exact(parts: Sequence[ExactPart], queries: Queries, k: int) -> Found:
+    """The k nearest entries by (distance, id), with direct distances to the stored fp16 keys.
 
     Memory: about 2·D·64 KiB for a block of keys and (k + 64 Ki)·1,024 numbers for a block of queries.
     """
-    parts = []
+    blocks = []
     for first in range(0, len(queries), _BLOCK_QUERIES):
         block = queries[first : first + _BLOCK_QUERIES]
-        parts.append(merge_found([_search_shard(shard, block, k, exclude) for shard in shards], k))
-    if not parts:
+        blocks.append(merge_found([_search_part(part, block, k) for part in parts], k))
+    if not blocks:
         return Found(np.empty((0, k), np.float32), np.empty((0, k), np.int64))
-    return Found(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    return Found(*(np.concatenate(columns) for columns in zip(*blocks, strict=True)))
 
 
 def direct_distances(shard: Shard, queries: Queries, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
@@ -53,9 +61,9 @@ def direct_distances(shard: Shard, queries: Queries, rows: npt.NDArray[np.int64]
     return distances
 
 
-def _search_shard(shard: Shard, queries: Queries, k: int, exclude: Sequence[EntryRange]) -> Found:
+def _search_part(part: ExactPart, queries: Queries, k: int) -> Found:
+    shard, bitmap = part.shard, part.bitmap
     k = min(k, shard.entries)
-    bitmap = allowed_bitmap(exclude, shard.first_entry, shard.entries)
     width = min(k + _SPARE_CANDIDATES, shard.entries)
     nominated = torch.full((len(queries), 0), np.inf)
     rows = torch.full((len(queries), 0), -1, dtype=torch.int64)
@@ -79,7 +87,7 @@ def _search_shard(shard: Shard, queries: Queries, k: int, exclude: Sequence[Entr
         for row, ids_within in zip(np.flatnonzero(missed), _within(shard, queries[missed], bitmap, reach), strict=True):
             again = _nearest(shard, queries[row : row + 1], ids_within[None], k)
             best.distances[row], best.entry_ids[row] = again.distances[0], again.entry_ids[0]
-    best.entry_ids[best.entry_ids >= 0] += shard.first_entry
+    best.entry_ids[best.entry_ids >= 0] += part.first_entry
     return best
 
 
@@ -88,9 +96,7 @@ def _nearest(shard: Shard, queries: Queries, rows: npt.NDArray[np.int64], k: int
     return Found(found.distances[:, :k], found.entry_ids[:, :k])
 
 
-def _products(
-    shard: Shard, queries: Queries, bitmap: npt.NDArray[np.uint8] | None
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _products(shard: Shard, queries: Queries, bitmap: Bitmap | None) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Per block of keys: its first row, ‖q‖² − 2q·x + ‖x‖² (B, block) with +inf where excluded, and ‖x‖² (block,)."""
     wanted = torch.from_numpy(queries)
     query_norms = wanted.square().sum(1, keepdim=True)
@@ -106,7 +112,7 @@ def _products(
 
 
 def _within(
-    shard: Shard, queries: Queries, bitmap: npt.NDArray[np.uint8] | None, reach: npt.NDArray[np.float32]
+    shard: Shard, queries: Queries, bitmap: Bitmap | None, reach: npt.NDArray[np.float32]
 ) -> list[npt.NDArray[np.int64]]:
     """Per query the rows that the products place within ``reach`` (B, 1)."""
     found: list[list[npt.NDArray[np.int64]]] = [[] for _ in queries]

@@ -10,6 +10,8 @@ import numpy.typing as npt
 from knnlm_core.errors import InvalidParameter
 from knnlm_core.types import EntryRange
 
+Bitmap = npt.NDArray[np.uint8]
+
 
 def check_ranges(exclude: Sequence[EntryRange], entries: int) -> None:
     """Raises InvalidParameter: a range is not within 0 … entries, as one of another version would be."""
@@ -31,30 +33,40 @@ def merge_ranges(ranges: Iterable[EntryRange]) -> tuple[EntryRange, ...]:
     return tuple(merged)
 
 
-def allowed_bitmap(exclude: Sequence[EntryRange], first_entry: int, entries: int) -> npt.NDArray[np.uint8] | None:
+def allowed_bitmap(
+    exclude: Sequence[EntryRange], first_entry: int, entries: int, hidden: Bitmap | None = None
+) -> Bitmap | None:
     """One bit per entry of a shard, least significant first, cleared where excluded; None if nothing here is.
 
-    Raises nothing: ranges are clipped to the shard.
+    Ranges are clipped to the shard.
+
+    Args:     hidden: a bitmap of what is never to be found; returned itself where ``exclude`` adds nothing.
     """
-    bitmap: npt.NDArray[np.uint8] | None = None
+    bitmap: Bitmap | None = None
     for range_ in exclude:
         first, stop = max(range_.first - first_entry, 0), min(range_.stop - first_entry, entries)
         if first >= stop:
             continue
         if bitmap is None:
-            bitmap = np.full((entries + 7) // 8, 0xFF, dtype=np.uint8)
-        _clear(bitmap, first, stop)
-    return bitmap
+            bitmap = nothing_excluded(entries) if hidden is None else hidden.copy()
+        clear_bits(bitmap, first, stop)
+    return hidden if bitmap is None else bitmap
 
 
-def allowed_mask(bitmap: npt.NDArray[np.uint8], first: int, stop: int) -> npt.NDArray[np.bool_]:
+def nothing_excluded(entries: int) -> Bitmap:
+    """A bitmap with every bit set."""
+    return np.full((entries + 7) // 8, 0xFF, dtype=np.uint8)
+
+
+def allowed_mask(bitmap: Bitmap, first: int, stop: int) -> npt.NDArray[np.bool_]:
     """The bits of entries ``first … stop − 1`` of a shard as booleans."""
     return np.unpackbits(bitmap[first // 8 : (stop + 7) // 8], bitorder="little").view(np.bool_)[
         first % 8 : first % 8 + stop - first
     ]
 
 
-def _clear(bitmap: npt.NDArray[np.uint8], first: int, stop: int) -> None:
+def clear_bits(bitmap: Bitmap, first: int, stop: int) -> None:
+    """Exclude entries ``first … stop − 1``, first < stop, in place."""
     #   byte       0         1         2
     #   bit    01234567  01234567  01234567        first = 5, stop = 18: keep 0-4 of byte 0, 2-7 of byte 2
     #               ^^^  ^^^^^^^^  ^^

@@ -7,6 +7,7 @@ without the cancellation of ‖q‖² − 2q·x + ‖x‖².
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from knnlm_core.datastore import layout
-from knnlm_core.datastore.arrays import map_keys
+from knnlm_core.datastore.arrays import KeyArray, map_keys
 from knnlm_core.datastore.manifest import IndexSpec
 from knnlm_core.durable import part_of, replace_file
 from knnlm_core.errors import BuildError, DatastoreCorrupt
@@ -112,6 +113,26 @@ def build_shard_index(trained: Path | None, spec: IndexSpec, shard: Path, *, dim
     for first in range(0, entries, _BLOCK_ROWS):
         index.add(keys[first : first + _BLOCK_ROWS].astype(np.float32))
     _write(index, shard / layout.INDEX)
+
+
+def build_in_memory(parts: Sequence[KeyArray]) -> Any:
+    """An index of family ``SQfp16`` over some keys, in order, without a file."""
+    index = faiss.IndexScalarQuantizer(parts[0].shape[1], faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_L2)
+    for keys in parts:
+        for first in range(0, len(keys), _BLOCK_ROWS):
+            index.add(keys[first : first + _BLOCK_ROWS].astype(np.float32))
+    return index
+
+
+def stored_keys(index: Any) -> KeyArray:
+    """The keys (n, D) that an index without lists holds: a view, never to be written."""
+    return keys_of_codes(index.codes.data(), index.ntotal, index.d)
+
+
+def keys_of_codes(codes: Any, size: int, dim: int) -> KeyArray:
+    """faiss's codes as keys (size, D): a view, never to be written."""
+    stored: npt.NDArray[np.uint8] = faiss.rev_swig_ptr(codes, size * 2 * dim)
+    return stored.view(np.float16).reshape(size, dim)
 
 
 def map_index(path: Path, spec: IndexSpec, *, dim: int, entries: int) -> Any:

@@ -1,9 +1,13 @@
 """Where everything lives under a root; the only module that turns names into paths.
 
 ROOT/<name>/CURRENT                        "<version> <calibration id or ->\\n"
+           /HISTORY                        what CURRENT was
+           /LEDGER                         what was learned and deleted while serving
+           /audit.jsonl                    who did so, and when
            /<version>/                     a published version, never modified
            /<version>.tmp/                 a build under way
            /calibrations/<id>/             for one version each
+           /tail/<revision>/               documents learned by one request
 """
 
 from __future__ import annotations
@@ -16,15 +20,22 @@ from typing import NamedTuple
 from knnlm_core.durable import write_text
 from knnlm_core.errors import DatastoreCorrupt, DatastoreNotFound, InvalidParameter
 
+AUDIT = "audit.jsonl"
 BUILDING_SUFFIX = ".tmp"
 CALIBRATION = "calibration.json"
 CALIBRATIONS = "calibrations"
+CANARIES = "canaries.arrow"
 CURRENT = "CURRENT"
 DOCUMENTS = "documents.parquet"
 HELD_OUT = "held_out.parquet"
+HISTORY = "HISTORY"
 INDEX = "index.faiss"
 KEYS = "keys.arrow"
+LEDGER = "LEDGER"
+LEDGER_LOCK = "ledger.lock"
 MANIFEST = "manifest.json"
+SEGMENT = "segment.json"
+TAIL = "tail"
 TRAINED = "trained.faiss"
 VALUES = "values.arrow"
 
@@ -32,7 +43,7 @@ NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,62}"
 DIGEST_PATTERN = r"[0-9a-f]{16}"
 _NAME = re.compile(NAME_PATTERN)
 _DIGEST = re.compile(DIGEST_PATTERN)
-_RESERVED = frozenset({CALIBRATIONS, "tombstones", "tail", "current"})
+_RESERVED = frozenset({CALIBRATIONS, "tombstones", TAIL, "current"})
 _CURRENT_BYTES = 64  # the longest valid line has 34
 
 
@@ -80,6 +91,11 @@ def building_folder(root: Path, name: str, version: str) -> Path:
 def calibration_folder(root: Path, name: str, calibration: str) -> Path:
     """One calibration."""
     return name_folder(root, name) / CALIBRATIONS / check_digest("calibration", calibration)
+
+
+def segment_folder(root: Path, name: str, revision: int) -> Path:
+    """What one request taught the name."""
+    return name_folder(root, name) / TAIL / f"{revision:016d}"
 
 
 def shard_name(number: int) -> str:

@@ -143,6 +143,7 @@ class Manifest(_Section):
     name: str
     version: Digest16
     parent_version: Digest16 | None = None
+    revision: Count = 0
     lm: LMSection
     key: KeySection
     value_dtype: Literal["int32"] = "int32"
@@ -196,7 +197,7 @@ class Manifest(_Section):
             needed |= {f"{shard.name}/{file}" for file in (layout.KEYS, layout.VALUES, layout.INDEX)}
         if missing := sorted(needed - self.files.keys()):
             raise ValueError(f"files lacks {missing[0]!r}")
-        if unknown := sorted(self.files.keys() - needed - {layout.HELD_OUT}):
+        if unknown := sorted(self.files.keys() - needed - {layout.CANARIES, layout.HELD_OUT}):
             raise ValueError(f"files names {unknown[0]!r}, which this format does not have")
 
     @property

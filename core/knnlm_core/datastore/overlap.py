@@ -1,6 +1,6 @@
 """How much of a text stands in a datastore: per token, the longest run of tokens up to it that occurs there too.
 
-A run counts where it lies within one document and touches no excluded entry. Only lengths that are powers of two are
+A run counts where it lies within one document and touches no entry that is excluded or hidden. Only lengths that are powers of two are
 looked for, since a run of 2n tokens hashes from its halves:
 
     hash₂ₙ(run) = mix(hashₙ(first half), hashₙ(second half))
@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from knnlm_core.datastore.exclusion import allowed_bitmap, allowed_mask, check_ranges
-from knnlm_core.datastore.reader import Datastore
+from knnlm_core.datastore.entries import Entries
 from knnlm_core.types import EntryRange
 
 LENGTHS = (1, 2, 4, 8, 16, 32)
@@ -34,7 +34,7 @@ Tokens = npt.NDArray[np.integer]
 
 
 def longest_matches(
-    datastore: Datastore,
+    datastore: Entries,
     texts: Sequence[Tokens],
     *,
     exclude: Sequence[EntryRange] = (),
@@ -150,7 +150,7 @@ def _runs_of(texts: Sequence[Tokens], pieces: Sequence[_Piece]) -> _Runs:
     )
 
 
-def _blocks(datastore: Datastore, exclude: Sequence[EntryRange]) -> Iterator[_Block]:
+def _blocks(datastore: Entries, exclude: Sequence[EntryRange]) -> Iterator[_Block]:
     """All entries in order, block by block."""
     for begin in range(0, datastore.entries, _BLOCK_ENTRIES):
         first, stop = max(0, begin - _LEAD), min(begin + _BLOCK_ENTRIES, datastore.entries)
@@ -162,9 +162,11 @@ def _blocks(datastore: Datastore, exclude: Sequence[EntryRange]) -> Iterator[_Bl
         starts = 1 + np.flatnonzero(datastore.next_entry(ids[:-1]).numpy() < 0)
         after[starts] = starts - 1
         bitmap = allowed_bitmap(exclude, first, stop - first)
+        allowed = datastore.is_visible(first, stop)
         if bitmap is not None:
-            excluded = np.flatnonzero(~allowed_mask(bitmap, 0, stop - first))
-            after[excluded] = excluded
+            allowed &= allowed_mask(bitmap, 0, stop - first)
+        excluded = np.flatnonzero(~allowed)
+        after[excluded] = excluded
         room = here - np.maximum.accumulate(after)
         yield _Block(first, begin - first, datastore.values(ids).numpy().astype(np.uint64), room)
 

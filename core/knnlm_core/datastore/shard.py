@@ -1,24 +1,23 @@
-"""One mapped shard: its keys, values and index."""
+"""One shard: its keys, values and index."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import faiss
 import numpy as np
 import numpy.typing as npt
 
 from knnlm_core.datastore import layout
-from knnlm_core.datastore.arrays import map_keys, map_values
+from knnlm_core.datastore.arrays import KeyArray, ValueColumns, map_keys, map_values
 from knnlm_core.datastore.batch_search import IvfLists, WholeIndex, search_batch
-from knnlm_core.datastore.exclusion import allowed_bitmap
-from knnlm_core.datastore.index import map_index
+from knnlm_core.datastore.exclusion import Bitmap, clear_bits, nothing_excluded
+from knnlm_core.datastore.index import build_in_memory, map_index, stored_keys
 from knnlm_core.datastore.manifest import Manifest, ShardSection
 from knnlm_core.datastore.merge import Found, sort_found
 from knnlm_core.errors import DatastoreCorrupt
-from knnlm_core.types import EntryRange
 
 Queries = npt.NDArray[np.float32]
 
@@ -30,36 +29,63 @@ _swig: Any = faiss  # faiss's annotations know the C++ constructors only, not th
 
 
 class Shard:
-    """A contiguous range of entries, mapped read-only; searching it is thread-safe.
+    """A contiguous range of entries with its index; searching it is thread-safe, also while entries are hidden.
 
-    Raises: DatastoreCorrupt: a file is not what the manifest says.
+    Entries are numbered from 0 here; whoever puts shards together adds what stands before.
+
+    Attributes:
+        entries: n.
+        keys: (n, D), read-only.
+        hidden: entries that no search finds any more, as `allowed_bitmap` has them; None if there is none.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, section: ShardSection) -> None:
-        self.first_entry = section.first_entry
-        self.entries = section.entries
-        self.keys = map_keys(folder / layout.KEYS, manifest.key.dim, section.entries)
-        self.columns = map_values(folder / layout.VALUES, section.entries)
-        self._path = folder / layout.INDEX
-        self._trained = manifest.index.is_trained
-        self._index = map_index(self._path, manifest.index, dim=manifest.key.dim, entries=section.entries)
+    def __init__(self, index: Any, keys: KeyArray, columns: ValueColumns, *, is_trained: bool, origin: str) -> None:
+        self.entries = len(keys)
+        self.keys = keys
+        self.columns = columns
+        self.hidden: Bitmap | None = None
+        self._index = index
+        self._trained = is_trained
+        self._origin = origin
 
-    def search(self, queries: Queries, k: int, *, exclude: Sequence[EntryRange], nprobe: int) -> Found:
-        """The first min(k, entries) of the shard by (distance, id), with global ids.
+    @classmethod
+    def open(cls, folder: Path, manifest: Manifest, section: ShardSection) -> Self:
+        """Map a shard of a version. Raises DatastoreCorrupt: a file is not what the manifest says."""
+        path, dim, entries = folder / layout.INDEX, manifest.key.dim, section.entries
+        keys = map_keys(folder / layout.KEYS, dim, entries)
+        columns = map_values(folder / layout.VALUES, entries)
+        index = map_index(path, manifest.index, dim=dim, entries=entries)
+        return cls(index, keys, columns, is_trained=manifest.index.is_trained, origin=str(path))
 
-        Args:     nprobe: lists to visit; an index without lists always looks at everything.
-        Raises:   DatastoreCorrupt: the index holds an id that the shard does not.
+    @classmethod
+    def in_memory(cls, keys: Sequence[KeyArray], columns: ValueColumns, *, origin: str) -> Self:
+        """A shard that is scanned whole, with a copy of its keys; ``origin`` is for messages."""
+        index = build_in_memory(keys)
+        return cls(index, stored_keys(index), columns, is_trained=False, origin=origin)
+
+    def hide(self, first: int, stop: int) -> None:
+        """Never again find entries ``first … stop − 1``; a search under way may still return them."""
+        if first < stop:
+            hidden = self.hidden if self.hidden is not None else nothing_excluded(self.entries)
+            clear_bits(hidden, first, stop)
+            self.hidden = hidden
+
+    def search(self, queries: Queries, k: int, *, bitmap: Bitmap | None, nprobe: int) -> Found:
+        """The first min(k, n) of the shard by (distance, id), −1 where fewer may be found.
+
+        Args:
+            bitmap: entries that may be found, see `allowed_bitmap`; None for all.
+            nprobe: lists to visit; an index without lists always looks at everything.
+        Raises: DatastoreCorrupt: the index holds an id that the shard does not.
         """
-        bitmap = allowed_bitmap(exclude, self.first_entry, self.entries)
         k = min(k, self.entries)
         if self._reads_once(len(queries), nprobe):
-            lists = IvfLists(self._index, nprobe, self._path) if self._trained else WholeIndex(self._index)
+            lists = IvfLists(self._index, nprobe, self._origin) if self._trained else WholeIndex(self._index)
             found = search_batch(lists, queries, k, bitmap)
         else:
             found = self._scan(queries, k, bitmap, nprobe)
         if int(found.entry_ids.max(initial=-1)) >= self.entries:
-            raise DatastoreCorrupt(f"{self._path} holds entry {found.entry_ids.max()} of {self.entries}")
-        found.entry_ids[found.entry_ids >= 0] += self.first_entry
+            raise DatastoreCorrupt(f"{self._origin} holds entry {found.entry_ids.max()} of {self.entries}")
         return found
 
     def _reads_once(self, queries: int, nprobe: int) -> bool:
@@ -67,7 +93,7 @@ class Shard:
             return bool(queries * nprobe >= BATCH_FROM * self._index.nlist)
         return queries >= BATCH_FROM_WHOLE
 
-    def _scan(self, queries: Queries, k: int, bitmap: npt.NDArray[np.uint8] | None, nprobe: int) -> Found:
+    def _scan(self, queries: Queries, k: int, bitmap: Bitmap | None, nprobe: int) -> Found:
         # faiss keeps bare pointers to selector and bitmap: both live as local names until the search returns.
         selector = None if bitmap is None else _swig.IDSelectorBitmap(bitmap)
         if self._trained:

@@ -470,7 +470,7 @@ def test_opening_maps_and_does_not_load(tmp_path: Path) -> None:
         for file in ("keys.arrow", "values.arrow", "index.faiss"):
             assert str(store.folder / "shard-00000" / file) in mapped
         with pytest.raises(ValueError, match="read-only"):
-            store._shards[0].keys[0] = 0
+            store._parts()[0].shard.keys[0] = 0
 
 
 @pytest.mark.parametrize("value", [512, 2**31 - 1])
