@@ -139,6 +139,11 @@ class DocumentsWriter:
             self._pending, self._pending_chars = [], 0
 
 
+def normalise_newlines(text: str) -> str:
+    """Turn ``\\r\\n`` and a lone ``\\r`` into ``\\n``, as every document's text has them; nothing else is touched."""
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
 def read_documents(path: Path) -> Iterator[Document]:
     """Every document of a table in order, one row group in memory at a time. Raises DatastoreCorrupt."""
     with _open(path) as file:
@@ -150,29 +155,33 @@ def read_documents(path: Path) -> Iterator[Document]:
 class DocumentTable:
     """The documents of an open version: ids and entry ranges in memory, texts read when asked for. Thread-safe.
 
+    Args:   keep_open: hold the file's descriptor, for tables of which there are few; else it is opened for each text.
     Raises: DatastoreCorrupt: not the table that the manifest describes.
     """
 
-    def __init__(self, path: Path, *, documents: int, entries: int) -> None:
+    def __init__(self, path: Path, *, documents: int, entries: int, keep_open: bool = True) -> None:
         self._path = path
         self._lock = threading.Lock()
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
-        self._file = _open(path)
+        file = _open(path)
+        self._file = file if keep_open else None
         try:
-            if self._file.metadata.num_rows != documents:
-                have = self._file.metadata.num_rows
+            if file.metadata.num_rows != documents:
+                have = file.metadata.num_rows
                 raise DatastoreCorrupt(f"{path} has {have} documents, the manifest needs {documents}")
-            groups = self._file.num_row_groups
-            sizes = [self._file.metadata.row_group(number).num_rows for number in range(groups)]
+            groups = file.num_row_groups
+            sizes = [file.metadata.row_group(number).num_rows for number in range(groups)]
             self._group_ends = np.cumsum(np.array(sizes, dtype=np.int64))
-            self._table = _read(self._file, path, range(groups), _LOADED)
+            self._table = _read(file, path, range(groups), _LOADED)
             self._first_entries = self._check_entries(entries)
             self._rows = {document_id: row for row, document_id in enumerate(self._table["id"].to_pylist())}
             if len(self._rows) != documents:
                 raise DatastoreCorrupt(f"{path} has two documents with the same id")
         except BaseException:
-            self.close()
+            file.close()
             raise
+        if not keep_open:
+            file.close()
         self._entries = entries
         # Where a document with entries begins: what stops `next_entry`.
         self._starts = np.unique(self._first_entries)
@@ -203,7 +212,12 @@ class DocumentTable:
         group = int(np.searchsorted(self._group_ends, row, side="right"))
         table = self._row_group(group)
         offset = row - (int(self._group_ends[group]) - table.num_rows)
-        return _document(table.slice(offset, 1).to_pylist()[0])
+        document = _document(table.slice(offset, 1).to_pylist()[0])
+        if document.id != document_id:
+            raise DatastoreCorrupt(
+                f"{self._path} has changed: document {document.id!r} stands where {document_id!r} was"
+            )
+        return document
 
     def entries_of(self, document_id: str) -> EntryRange:
         """The entries that a document made. Raises DatastoreNotFound: no such document."""
@@ -228,7 +242,8 @@ class DocumentTable:
     def close(self) -> None:
         """Give back the file descriptor; texts can no longer be read."""
         with self._lock:
-            self._file.close()
+            if self._file is not None:
+                self._file.close()
             self._cache.clear()
 
     def _row(self, document_id: str) -> int:
@@ -240,11 +255,17 @@ class DocumentTable:
     def _row_group(self, number: int) -> pa.Table:
         with self._lock:
             if (table := self._cache.pop(number, None)) is None:
-                table = _read(self._file, self._path, [number])
+                table = self._read_group(number)
             self._cache[number] = table
             if len(self._cache) > _CACHED_ROW_GROUPS:
                 self._cache.popitem(last=False)
             return table
+
+    def _read_group(self, number: int) -> pa.Table:
+        if self._file is not None:
+            return _read(self._file, self._path, [number])
+        with _open(self._path) as file:
+            return _read(file, self._path, [number])
 
 
 def _open(path: Path) -> pq.ParquetFile:

@@ -1,10 +1,11 @@
-"""What one request sees of a datastore: a version, what was learned before the request began, nothing that is deleted."""
+"""What one request sees of a datastore: a version, what was learned before it began, and nothing that is deleted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from knnlm_core.datastore.entries import Entries, Part, Section
+from knnlm_core.datastore.ledger import LedgerState
 from knnlm_core.datastore.reader import Datastore
 
 
@@ -17,7 +18,7 @@ class Snapshot(Entries):
         datastore: the version; whoever holds the snapshot keeps it open.
         learned: parts and sections of the learned documents.
         revision: of the name, when the snapshot was taken.
-        killed: gives, at any time, the revision before which all copies of a document are dead, by document id.
+        ledger: gives the ledger's present state at any time.
     """
 
     def __init__(
@@ -25,7 +26,7 @@ class Snapshot(Entries):
         datastore: Datastore,
         learned: tuple[Sequence[Part], Sequence[Section]],
         revision: int,
-        killed: Callable[[], Mapping[str, int]],
+        ledger: Callable[[], LedgerState],
     ) -> None:
         self.manifest = datastore.manifest
         self.calibration = datastore.calibration
@@ -34,7 +35,7 @@ class Snapshot(Entries):
         self._learned_parts, learned_sections = learned
         self._all_sections = (*datastore._sections(), *learned_sections)
         self._entries = self._learned_parts[-1].stop if self._learned_parts else datastore.entries
-        self._killed = killed
+        self._ledger = ledger
 
     @property
     def entries(self) -> int:
@@ -49,9 +50,11 @@ class Snapshot(Entries):
     @property
     def num_documents(self) -> int:
         """Documents that are not deleted."""
+        ledger = self._ledger()
         dead = sum(
-            document_id in section.documents and revision > section.revision
-            for document_id, revision in self._killed().items()
+            document_id in section.documents and self._is_deleted(document_id, section.revision)
+            for touched in (ledger.learned, ledger.deleted)
+            for document_id in touched
             for section in self._all_sections
         )
         return sum(len(section.documents) for section in self._all_sections) - dead
@@ -63,4 +66,4 @@ class Snapshot(Entries):
         return self._all_sections
 
     def _is_deleted(self, document_id: str, revision: int) -> bool:
-        return self._killed().get(document_id, 0) > revision
+        return self._ledger().killed_before(document_id) > revision

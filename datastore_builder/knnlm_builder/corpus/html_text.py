@@ -10,7 +10,8 @@ import re
 from html.parser import HTMLParser
 from typing import NamedTuple
 
-from knnlm_builder.corpus.text import NotText, normalise_newlines
+from knnlm_builder.corpus.text import NotText
+from knnlm_core.datastore.documents import normalise_newlines
 
 _SPACE = re.compile(r"[ \t\n\f\r]+")  # HTML's white space; a no-break space is text
 _DROPPED = frozenset({"script", "style", "template", "noscript", "iframe", "svg"})

@@ -10,7 +10,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Val
 
 from knnlm_builder.corpus.document import SourceDocument, SourceLocation
 from knnlm_builder.corpus.stats import CorpusStats
-from knnlm_builder.corpus.text import check_characters, normalise_newlines
+from knnlm_builder.corpus.text import check_characters
+from knnlm_core.datastore.documents import normalise_newlines
 from knnlm_core.errors import UnreadableInput
 
 MAX_ID_CHARACTERS = 4096

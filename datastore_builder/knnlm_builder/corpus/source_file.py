@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from knnlm_builder.corpus.document import SourceLocation
-from knnlm_builder.corpus.text import NotText, decode_text, normalise_newlines
+from knnlm_builder.corpus.text import NotText, decode_text
+from knnlm_core.datastore.documents import normalise_newlines
 from knnlm_core.errors import UnreadableInput
 
 

@@ -31,11 +31,6 @@ def decode_text(data: bytes, *, offset: int = 0) -> str:
     return text[1:] if offset == 0 and data.startswith(_BOM) else text
 
 
-def normalise_newlines(text: str) -> str:
-    """Turn ``\\r\\n`` and a lone ``\\r`` into ``\\n``; nothing else is touched."""
-    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
-
-
 def check_characters(text: str) -> str:
     """Return ``text`` if it can be stored as UTF-8 without NUL.
 
