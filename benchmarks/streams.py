@@ -16,7 +16,7 @@ from common import arguments, write_result
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.loading import LoadOptions, load_lm
-from knnlm_core.mixture import Retrieval
+from knnlm_core.retrieval import Retrieval, Source
 from knnlm_server.engine.detokenizer import IncrementalDetokenizer
 from knnlm_server.engine.engine import Engine
 from knnlm_server.engine.request import Choice, CompletionRequest
@@ -39,7 +39,7 @@ def main() -> None:
         store = Datastore.open(root.parent, root.name)
         assert store.calibration is not None
         c = store.calibration
-        modes["knn"] = Retrieval(store, c.k, c.knn_temperature, c.lmbda)
+        modes["knn"] = Retrieval((Source(store, c.k, c.knn_temperature, c.lmbda),))
     engine = Engine(lm, ())
     engine.start()
     rates: dict[str, dict[int, list[float]]] = {mode: {n: [] for n in STREAMS} for mode in modes}

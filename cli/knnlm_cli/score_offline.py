@@ -20,13 +20,15 @@ from knnlm_cli.score_used import Setting, Used, choose_retrieval, choose_windows
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.calibration import Calibration
 from knnlm_core.datastore.exclusion import merge_ranges
+from knnlm_core.datastore.living import LivingName
 from knnlm_core.datastore.overlap import longest_matches
 from knnlm_core.datastore.reader import Datastore
+from knnlm_core.datastore.snapshot import Snapshot
 from knnlm_core.errors import DatastoreNotFound, InvalidParameter
 from knnlm_core.knn.gates import parse_gate
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.loading import LoadOptions, load_lm
-from knnlm_core.mixture import Retrieval
+from knnlm_core.retrieval import Retrieval, Source
 from knnlm_core.types import EntryRange
 from knnlm_server.api.score_inputs import TextToScore, bytes_of_text
 from knnlm_server.api.score_rendering import TokenRenderer
@@ -53,7 +55,7 @@ class OfflineScorer:
                   are out of bounds, or a setting is given by nobody. DatastoreNotFound: no document of an excluded id.
     """
 
-    def __init__(self, lm: HuggingFaceLM, datastore: Datastore | None, settings: ScoreSettings) -> None:
+    def __init__(self, lm: HuggingFaceLM, datastore: Snapshot | None, settings: ScoreSettings) -> None:
         self._lm = lm
         self._datastore = datastore
         self._settings = settings
@@ -129,7 +131,7 @@ class OfflineScorer:
         if self._datastore is None or self._retrieval is None or self._settings.overlap is False:
             return None
         texts, own = [text.token_ids for _, _, text in batch], [text.own for _, _, text in batch]
-        return longest_matches(self._datastore, texts, exclude=self._retrieval.exclude, own=own)
+        return longest_matches(self._datastore, texts, exclude=self._retrieval.only.exclude, own=own)
 
     def _token_scores(self, batch: Sequence[_Document], advance: Advance) -> dict[int, TokenScores]:
         """Scores by position in the batch; texts without a scored token are absent."""
@@ -176,15 +178,15 @@ def _named(calibration: Calibration | None) -> dict[str, Any] | None:
     }
 
 
-def _retrieval(datastore: Datastore, settings: Mapping[str, Setting], excluded: Sequence[str]) -> Retrieval:
-    retrieval = Retrieval(
+def _retrieval(datastore: Snapshot, settings: Mapping[str, Setting], excluded: Sequence[str]) -> Retrieval:
+    source = Source(
         datastore=datastore,
         k=int(settings["k"].value),
         knn_temperature=float(settings["temperature"].value),
         lmbda=float(settings["lambda"].value),
-        gate=parse_gate(str(settings["gate"].value)),
         exclude=merge_ranges(datastore.document_entries(document_id) for document_id in excluded),
     )
+    retrieval = Retrieval((source,), gate=parse_gate(str(settings["gate"].value)))
     retrieval.check()
     return retrieval
 
@@ -212,17 +214,23 @@ def offline_scorer(settings: ScoreSettings) -> Iterator[OfflineScorer]:
             lm.close()
 
 
-def _open_datastore(given: str) -> Datastore:
-    """``ROOT/NAME`` or ``ROOT/NAME@VERSION``. Raises: as `Datastore.open`."""
+@contextmanager
+def _open_datastore(given: str) -> Iterator[Snapshot]:
+    """``ROOT/NAME`` or ``ROOT/NAME@VERSION``, with what was learned and without what was deleted since.
+
+    Raises: as `Datastore.open` and `LivingName`.
+    """
     path, _, version = given.rpartition("@") if "@" in Path(given).name else (given, "", None)
     folder = Path(path).expanduser()
     if not folder.name or folder.name == "..":
         raise InvalidParameter(f"--datastore must be ROOT/NAME or ROOT/NAME@VERSION, got {given!r}", param="datastore")
     try:
-        return Datastore.open(folder.parent, folder.name, version)
+        datastore = Datastore.open(folder.parent, folder.name, version)
     except DatastoreNotFound as error:
         inside = layout.published_names(folder) if folder.is_dir() else []
         if not inside:
             raise
         found = ", ".join(inside)
         raise DatastoreNotFound(f"{folder} is a folder of datastores; add the name of one: {found}") from error
+    with datastore:
+        yield LivingName(folder.parent, folder.name).snapshot(datastore)

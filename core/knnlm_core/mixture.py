@@ -1,76 +1,35 @@
-"""The one place where language model and datastore meet: gate → search → distribution → interpolate."""
+"""The one place where language model and datastores meet: gate → search → fusion → distribution → interpolate."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from knnlm_core.errors import InvalidKnnParams, KnnlmError
-from knnlm_core.knn.distribution import has_neighbors, knn_log_probs, target_log_probs
+from knnlm_core.errors import KnnlmError
+from knnlm_core.knn.distribution import target_log_mass, token_log_probs
+from knnlm_core.knn.fusion import Fusion, Part, fuse
 from knnlm_core.knn.gates import Gate
 from knnlm_core.knn.interpolation import interpolate, interpolate_targets
+from knnlm_core.retrieval import Retrieval, Searchable, Source
 from knnlm_core.types import EntryRange, Neighbors
-
-MAX_K = 4096
-# Far inside float32, in which τ is applied; distances of real models lie between 1 and 10⁴.
-MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e9
-
-
-class Searchable(Protocol):
-    """What can be searched: a datastore in this process, or later one elsewhere."""
-
-    def search(self, queries: Tensor, k: int, *, exclude: Sequence[EntryRange] = ()) -> Neighbors:
-        """The k nearest entries of each query (B, D), nearest first, none of them excluded."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Retrieval:
-    """How one row retrieves.
-
-    Attributes:
-        datastore: the snapshot that the row's request has leased.
-        k: neighbours per query, 1 … MAX_K.
-        knn_temperature: τ, in units of squared distance.
-        lmbda: λ in [0, 1], weight of p_knn.
-        gate: when to search.
-        exclude: entries that must not be found, such as those of the document being scored.
-    """
-
-    datastore: Searchable
-    k: int
-    knn_temperature: float
-    lmbda: float
-    gate: Gate = Gate.ALWAYS
-    exclude: tuple[EntryRange, ...] = ()
-
-    def check(self) -> None:
-        """Raises InvalidKnnParams: naming the field, its limits and its value."""
-        if not 1 <= self.k <= MAX_K:
-            raise InvalidKnnParams(f"`knn.k` must be in 1 … {MAX_K}, got {self.k}", param="knn.k")
-        if not MIN_TEMPERATURE <= self.knn_temperature <= MAX_TEMPERATURE:
-            raise InvalidKnnParams(
-                f"`knn.temperature` must be in {MIN_TEMPERATURE:g} … {MAX_TEMPERATURE:g}, got {self.knn_temperature:g}",
-                param="knn.temperature",
-            )
-        if not 0 <= self.lmbda <= 1:
-            raise InvalidKnnParams(f"`knn.lambda` must be in 0 … 1, got {self.lmbda:g}", param="knn.lambda")
 
 
 class Found(NamedTuple):
-    """What was decided and found for the rows of a step."""
+    """What was decided and found for the rows of a step: W neighbours at most, source after source."""
 
     searched: Tensor  # (B,) bool
     lmbda: Tensor  # (B,) float32, the λ applied; 0 where nothing was searched or found
-    neighbors: Neighbors  # (B, K), all missing where nothing was searched
-    knn_temperature: Tensor  # (B,) float32
-    failures: Mapping[int, KnnlmError]  # rows whose datastore could not be searched, and why
+    neighbors: Neighbors  # (B, W), nearest first within a source; all missing where nothing was searched
+    log_weights: Tensor  # (B, W) float32, of each neighbour's share of p_knn
+    sources: Tensor  # (W,) int64, which source of its row's retrieval a column belongs to
+    shares: Tensor  # (B, S) float64, of each source's share of p_knn; 0 where it found nothing
+    failures: Mapping[int, KnnlmError]  # rows of which a datastore could not be searched, and why
 
 
 class MixedRows(NamedTuple):
@@ -87,64 +46,87 @@ class MixedTargets(NamedTuple):
     found: Found
 
 
+class _Use(NamedTuple):
+    """A source, and the rows that use it as their number ``slot``."""
+
+    slot: int
+    source: Source
+    rows: Sequence[int]
+
+
 def find(keys: Tensor, retrievals: Sequence[Retrieval | None]) -> Found:
     """Gate and search: one call per snapshot and exclusion for all the rows that share them.
 
-    A datastore that fails takes only its own rows along: they are reported in ``failures`` and have no neighbours.
+    A datastore that fails takes only its own rows along: they are reported in ``failures``.
 
     Args:
         keys: (B, D) float32.
         retrievals: per row, None for a row of the plain LM.
     """
-    groups = _groups(retrievals)
     device, batch = keys.device, len(retrievals)
-    searched_rows = [row for rows in groups.values() for row in rows]
-    ks = torch.tensor([r.k if r else 0 for r in retrievals], device=device)
-    width = max((retrievals[row].k for row in searched_rows), default=1)  # type: ignore[union-attr]
-    neighbors: Neighbors | None = None
-    failures: dict[int, KnnlmError] = {}
-    for (_, exclude), rows in groups.items():
-        retrieval = retrievals[rows[0]]
-        assert retrieval is not None
-        k = int(ks[rows].max())
-        everything = len(rows) == batch
-        try:
-            parts = retrieval.datastore.search(keys if everything else keys[rows], k, exclude=exclude)
-        except KnnlmError as error:
-            failures.update(dict.fromkeys(rows, error))
-            continue
-        if everything:  # as in scoring: nothing to put together
-            neighbors = Neighbors(*(part.to(device) for part in parts))
-            break
-        neighbors = neighbors or _no_neighbors(batch, width, device)
-        for into, part in zip(neighbors, parts, strict=True):
-            into[rows, :k] = part.to(device)
-    neighbors = neighbors or _no_neighbors(batch, width, device)
-    if bool((ks < width).any()):
-        # A row that asked for fewer neighbours than its group sees only its own.
-        beyond = torch.arange(width, device=device)[None] >= ks[:, None]
-        neighbors = neighbors._replace(entry_ids=neighbors.entry_ids.masked_fill(beyond, -1))
-
-    searched = torch.zeros(batch, dtype=torch.bool, device=device)
-    searched[searched_rows] = True
-    lmbda = torch.tensor([r.lmbda if r else 0.0 for r in retrievals], device=device)
-    tau = torch.tensor([r.knn_temperature if r else 1.0 for r in retrievals], device=device)
-    return Found(searched, torch.where(has_neighbors(neighbors), lmbda, 0.0), neighbors, tau, failures)
-
-
-def _groups(retrievals: Sequence[Retrieval | None]) -> Mapping[tuple[int, tuple[EntryRange, ...]], list[int]]:
-    """Rows to search for, by snapshot and exclusion."""
-    # The rows of a request share its retrieval: an exclusion of many documents is hashed once, not once per row.
+    # The rows of a request share its retrieval, which is looked at once, not once per row.
     rows_of: defaultdict[int, list[int]] = defaultdict(list)
     for row, retrieval in enumerate(retrievals):
         if retrieval is not None and retrieval.gate is Gate.ALWAYS:
             rows_of[id(retrieval)].append(row)
-    groups: defaultdict[tuple[int, tuple[EntryRange, ...]], list[int]] = defaultdict(list)
-    for rows in rows_of.values():
-        retrieval = retrievals[rows[0]]
-        assert retrieval is not None
-        groups[id(retrieval.datastore), retrieval.exclude].extend(rows)
-    return groups
+    searching = [(retrieval, rows) for rows in rows_of.values() if (retrieval := retrievals[rows[0]]) is not None]
+    uses = [_Use(slot, source, rows) for retrieval, rows in searching for slot, source in enumerate(retrieval.sources)]
+    blocks, failures = _search(keys, uses, batch)
+    parts = [_part(block, [use for use in uses if use.slot == slot]) for slot, block in enumerate(blocks)]
+    searched = _marked([row for _, rows in searching for row in rows], batch, device)
+    merged = [row for retrieval, rows in searching if retrieval.fusion is Fusion.NEIGHBORS for row in rows]
+    fused = fuse(parts, _marked(merged, batch, device) if merged else None)
+    widths = torch.tensor([block.entry_ids.shape[1] for block in blocks], device=device)
+    sources = torch.repeat_interleave(torch.arange(len(blocks), device=device), widths)
+    return Found(searched, fused.lmbda, fused.neighbors, fused.log_weights, sources, fused.shares, failures)
+
+
+def _marked(rows: Sequence[int], batch: int, device: torch.device) -> Tensor:
+    marked = torch.zeros(batch, dtype=torch.bool, device=device)
+    marked[rows] = True
+    return marked
+
+
+def _search(keys: Tensor, uses: Sequence[_Use], batch: int) -> tuple[list[Neighbors], dict[int, KnnlmError]]:
+    """What each slot's sources found for all rows, and the rows that could not be searched for."""
+    groups: defaultdict[tuple[Searchable, tuple[EntryRange, ...]], list[_Use]] = defaultdict(list)
+    for use in uses:
+        groups[use.source.datastore, use.source.exclude].append(use)
+    widths = [1] * max((use.slot + 1 for use in uses), default=1)
+    for use in uses:
+        widths[use.slot] = max(widths[use.slot], use.source.k)
+    blocks: list[Neighbors | None] = [None] * len(widths)
+    failures: dict[int, KnnlmError] = {}
+    for (datastore, exclude), group in groups.items():
+        rows = [row for use in group for row in use.rows]
+        # As in scoring: nothing to put together.
+        everything = len(rows) == batch and len({use.slot for use in group}) == 1
+        k = max(use.source.k for use in group)
+        try:
+            found = datastore.search(keys if everything else keys[rows], k, exclude=exclude)
+        except KnnlmError as error:
+            failures.update(dict.fromkeys(rows, error))
+            continue
+        found = Neighbors(*(column.to(keys.device) for column in found))
+        if everything:
+            blocks[group[0].slot] = found
+        else:
+            _put(found, group, blocks, widths, batch)
+    return [block or _no_neighbors(batch, k, keys.device) for block, k in zip(blocks, widths, strict=True)], failures
+
+
+def _put(
+    found: Neighbors, group: Sequence[_Use], blocks: list[Neighbors | None], widths: Sequence[int], batch: int
+) -> None:
+    """Write what was found for a group of uses, one after the other, into the blocks of their slots."""
+    start = 0
+    for use in group:
+        block = blocks[use.slot] or _no_neighbors(batch, widths[use.slot], found.entry_ids.device)
+        blocks[use.slot] = block
+        rows, k = slice(start, start + len(use.rows)), use.source.k
+        for into, column in zip(block, found, strict=True):
+            into[use.rows, :k] = column[rows, :k]
+        start += len(use.rows)
 
 
 def _no_neighbors(batch: int, width: int, device: torch.device) -> Neighbors:
@@ -153,6 +135,21 @@ def _no_neighbors(batch: int, width: int, device: torch.device) -> Neighbors:
         torch.full((batch, width), math.inf, device=device),
         torch.full((batch, width), -1, dtype=torch.int64, device=device),
     )
+
+
+def _part(block: Neighbors, uses: Sequence[_Use]) -> Part:
+    """A slot's neighbours (B, K) with the settings of the rows that use it."""
+    device, (batch, width) = block.entry_ids.device, block.entry_ids.shape
+    ks = torch.full((batch,), width, device=device)
+    tau = torch.ones(batch, device=device)
+    lmbda, weight = (torch.zeros(batch, dtype=torch.float64, device=device) for _ in range(2))
+    for _, source, rows in uses:
+        ks[rows], tau[rows], lmbda[rows], weight[rows] = source.k, source.knn_temperature, source.lmbda, source.weight
+    if bool((ks < width).any()):
+        # A row that asked for fewer neighbours than its group sees only its own.
+        beyond = torch.arange(width, device=device)[None] >= ks[:, None]
+        block = block._replace(entry_ids=block.entry_ids.masked_fill(beyond, -1))
+    return Part(block, tau, lmbda, weight)
 
 
 def mix_rows(lm_log_probs: Tensor, keys: Tensor, retrievals: Sequence[Retrieval | None]) -> MixedRows:
@@ -165,7 +162,7 @@ def mix_rows(lm_log_probs: Tensor, keys: Tensor, retrievals: Sequence[Retrieval 
     found = find(keys, retrievals)
     if not bool((found.lmbda > 0).any()):
         return MixedRows(lm_log_probs, found)
-    sparse = knn_log_probs(found.neighbors, knn_temperature=found.knn_temperature)
+    sparse = token_log_probs(found.neighbors.values, found.log_weights)
     return MixedRows(interpolate(lm_log_probs, sparse, found.lmbda), found)
 
 
@@ -183,5 +180,22 @@ def mix_targets(
     found = find(keys, retrievals)
     for error in found.failures.values():
         raise error
-    knn = target_log_probs(found.neighbors, targets, knn_temperature=found.knn_temperature)
+    knn = target_log_mass(found.neighbors.values, found.log_weights, targets)
     return MixedTargets(interpolate_targets(lm_log_probs, knn, found.lmbda), found)
+
+
+def source_log_probs(keys: Tensor, targets: Tensor, retrieval: Retrieval) -> Tensor:
+    """log p_knn,i of known tokens in each source by itself, whatever the gate says: (B, S) float32.
+
+    Args:
+        keys: (B, D) float32.
+        targets: (B,) int64.
+    Raises: KnnlmError: a datastore could not be searched.
+    """
+    columns = []
+    for source in retrieval.sources:
+        found = find(keys, [Retrieval((replace(source, weight=1.0),))] * len(targets))
+        for error in found.failures.values():
+            raise error
+        columns.append(target_log_mass(found.neighbors.values, found.log_weights, targets))
+    return torch.stack(columns, dim=1)

@@ -19,12 +19,13 @@ from knnlm_builder.stages.calibrate import MAX_K, MIN_SCORED_TOKENS, calibrate
 from knnlm_builder.stages.curve import CURVE, Curve, draw_curves
 from knnlm_builder.stages.held_out import encode_held_out
 from knnlm_builder.stages.plan import Plan, ShardPlan, make_plan
-from knnlm_builder.stages.recall import RecallGate, choose_nprobe
+from knnlm_builder.stages.recall import GateResult, RecallGate, choose_nprobe
 from knnlm_builder.stages.shards import build_indexes, build_shard
-from knnlm_builder.stages.verify import SelfCheck, verify
+from knnlm_builder.stages.verify import SelfCheck, verify, verify_as_reader
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.calibration import Calibration, write_calibration
-from knnlm_core.datastore.checksums import record_files
+from knnlm_core.datastore.canaries import RECORDED_RECALL, write_canaries
+from knnlm_core.datastore.checksums import hash_file, record_files
 from knnlm_core.datastore.documents import Document, DocumentsWriter
 from knnlm_core.datastore.index import choose_index
 from knnlm_core.datastore.manifest import (
@@ -87,6 +88,7 @@ def build_with(lm: HuggingFaceLM, settings: BuildSettings, reporter: Reporter) -
             reporter.say(f"Discarding the unfinished build {other.name} of other inputs")
         folder.mkdir(exist_ok=True)
         discard_partial_files(folder)
+        (folder / layout.CANARIES).unlink(missing_ok=True)  # written after the other files have been hashed
         return _build(lm, plan, settings, version, inputs, folder, reporter)
 
 
@@ -108,7 +110,8 @@ def _build(
     queries = encode_held_out(lm, plan, plan.held_out, batch_tokens=settings.batch_tokens, reporter=reporter)
     datastore = Datastore.open_folder(folder)
     try:
-        gate, gate_queries = choose_nprobe(datastore, queries, min(MAX_K, datastore.entries), seed=settings.seed)
+        measured = choose_nprobe(datastore, queries, min(MAX_K, datastore.entries), seed=settings.seed)
+        gate = measured.gate
         calibration, curves = calibrate(
             datastore, plan, queries, seed=settings.seed, nprobe=gate.nprobe, reporter=reporter
         )
@@ -121,10 +124,12 @@ def _build(
             f"on held-out text the mixture reaches perplexity {_perplexity(calibration, 'mixed'):.3f}, the base LM "
             f"alone {_perplexity(calibration, 'base'):.3f}; nothing is published (--force publishes all the same)"
         )
-    # What the files hold has not changed since they were hashed: only the manifest learns something.
+    # What the other files hold has not changed since they were hashed: the manifest learns of canaries and figures.
     spec = spec.model_copy(update={"nprobe": gate.nprobe})
-    quality = _quality(gate, gate_queries, check, calibration, settings)
-    manifest.model_copy(update={"index": spec, "quality": quality}).write(folder / layout.MANIFEST)
+    quality = _quality(measured, check, calibration, settings)
+    files = manifest.files | {layout.CANARIES: _write_canaries(folder, plan, measured)}
+    manifest.model_copy(update={"index": spec, "quality": quality, "files": files}).write(folder / layout.MANIFEST)
+    verify_as_reader(folder)
     _publish(settings, version, calibration, curves, reporter)
     reporter.say(f"Published {settings.name} version {version}: {plan.num_entries:,} entries, under {settings.output}")
     return BuildResult(settings.name, version, plan.num_entries, calibration, was_published=False)
@@ -194,18 +199,28 @@ def _manifest(
         ),
         index=spec,
         documents=DocumentsSection(count=len(plan.documents)),
+        revision=0,  # nothing learned or deleted is folded in
         build=inputs,
         quality={},
         files=files,
     )
 
 
+def _write_canaries(folder: Path, plan: Plan, measured: GateResult) -> FileRecord:
+    """Keep the queries of the gate: asked again, they must show the recall that it recorded."""
+    path = folder / layout.CANARIES
+    documents = [plan.held_out[number].id for number in measured.sample.documents.tolist()]
+    write_canaries(path, measured.sample.keys, measured.exact, documents)
+    return FileRecord(bytes=path.stat().st_size, sha256=hash_file(path))
+
+
 def _quality(
-    gate: RecallGate, gate_queries: int, check: SelfCheck, calibration: Calibration, settings: BuildSettings
+    measured: GateResult, check: SelfCheck, calibration: Calibration, settings: BuildSettings
 ) -> dict[str, int | float | str | bool]:
+    gate = measured.gate
     return {
-        "recall_queries": gate_queries,
-        "recall_at_32": gate.recall_at_32,
+        "recall_queries": len(measured.sample.keys),
+        RECORDED_RECALL: gate.recall_at_32,
         "recall_at_k": gate.recall_at_k,
         "recall_k": MAX_K,
         "perplexity_ratio_to_exact": gate.perplexity_ratio,

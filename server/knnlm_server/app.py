@@ -16,16 +16,30 @@ import torch
 from fastapi import FastAPI
 
 from knnlm_core import __version__
-from knnlm_core.errors import DatastoreError, InvalidParameter, KnnlmError
+from knnlm_core.errors import InvalidParameter, KnnlmError
 from knnlm_core.lm.loading import LoadOptions, load_lm, model_name
-from knnlm_server.api import chat, completions, datastores, health, metrics, models, neighbors, score, tokenizer
+from knnlm_server.api import (
+    chat,
+    completions,
+    datastores,
+    documents,
+    health,
+    metrics,
+    models,
+    neighbors,
+    score,
+    tokenizer,
+)
 from knnlm_server.api.errors import install_error_handlers
 from knnlm_server.api.middleware import BodyLimit, KeyLimit, RequestLog
 from knnlm_server.api.openapi import DocumentedApp
 from knnlm_server.api.selection import SEPARATOR
 from knnlm_server.api.state import Backend, Service
 from knnlm_server.engine.engine import Engine, EngineConfig
+from knnlm_server.registry.config import RegistryConfig
 from knnlm_server.registry.registry import Registry
+from knnlm_server.registry.startup import Wishes, restore
+from knnlm_server.registry.watch import Watcher
 from knnlm_server.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -58,7 +72,7 @@ def create_app(settings: ServerSettings, on_failure: Callable[[], None] = lambda
     # A path with a slash too many is unknown, not redirected: behind a proxy the redirect's address would be wrong.
     app = DocumentedApp(settings, title="knnlm", version=__version__, lifespan=lifespan, redirect_slashes=False)
     app.state.service = state
-    for module in (completions, chat, score, neighbors, tokenizer, datastores, models, metrics, health):
+    for module in (completions, chat, score, neighbors, tokenizer, datastores, documents, models, metrics, health):
         app.include_router(module.router)
     install_error_handlers(app)
     # The last one added is the outermost.
@@ -106,25 +120,27 @@ def build_backend(state: Service) -> Backend:
             progress=sys.stderr.isatty(),
         ),
     )
-    registry = Registry(settings.datastores, lm.identity, verified=_verified_folder())
-    for datastore in settings.load or registry.published():
-        state.require_open()
-        state.waiting_for = f"datastore {datastore!r} to load"
-        try:
-            registry.load(datastore)
-        except DatastoreError as error:
-            # A store asked for by name must load; one that merely lies under the root must not stop the others.
-            if settings.load:
-                raise
-            logger.error("datastore skipped name=%s code=%s %s", datastore, error.code, error.message)
-    if settings.default_datastore is not None:
-        registry.status(settings.default_datastore)
-    engine = Engine(
-        lm, lm.tokenizer.eos_token_ids, EngineConfig(step_tokens=settings.step_tokens, max_queued=settings.max_queued)
+    registry = Registry(
+        settings.datastores,
+        lm.identity,
+        RegistryConfig(_verified_folder(), settings.state_file, settings.datastore_bytes),
     )
-    state.require_open()
-    engine.start()
-    return Backend(lm, lm.tokenizer, engine, registry, name)
+    try:
+        restore(registry, Wishes(settings.load, settings.aliases, settings.default_datastore), state.wait_for_datastore)
+        engine = Engine(
+            lm,
+            lm.tokenizer.eos_token_ids,
+            EngineConfig(step_tokens=settings.step_tokens, max_queued=settings.max_queued),
+        )
+        state.require_open()
+        engine.start()
+    except BaseException:
+        registry.close()
+        raise
+    watcher = Watcher(registry, settings.watch) if settings.watch else None
+    if watcher is not None:
+        watcher.start()
+    return Backend(lm, lm.tokenizer, engine, registry, name, watcher)
 
 
 def _verified_folder() -> Path:
@@ -137,6 +153,8 @@ def _verified_folder() -> Path:
 
 def _stop(backend: Backend, drain_timeout_s: float) -> None:
     backend.threads.close()
+    if backend.watcher is not None:
+        backend.watcher.stop()
     backend.engine.stop(drain_timeout_s)
     backend.registry.close()
     backend.lm.close()

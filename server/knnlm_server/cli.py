@@ -22,6 +22,10 @@ def serve(
     datastores: Annotated[Path | None, _option("datastores", "--datastores")] = None,
     load: Annotated[list[str] | None, _option("load", "--load")] = None,
     default_datastore: Annotated[str | None, _option("default_datastore", "--default-datastore")] = None,
+    alias: Annotated[list[str] | None, _option("alias", "--alias")] = None,
+    state: Annotated[Path | None, _option("state", "--state")] = None,
+    watch: Annotated[float | None, _option("watch", "--watch")] = None,
+    datastore_bytes: Annotated[int | None, _option("datastore_bytes", "--datastore-bytes")] = None,
     served_model_name: Annotated[str | None, _option("served_model_name", "--served-model-name")] = None,
     host: Annotated[str | None, _option("host", "--host")] = None,
     port: Annotated[int | None, _option("port", "--port")] = None,
@@ -48,7 +52,7 @@ def serve(
     Every option can also be given as an environment variable: KNNLM_ and the option's name in capitals.
     """
     given = dict(locals())
-    for name in ("load", "api_key"):
+    for name in ("load", "alias", "api_key"):
         given[name] = tuple(given[name]) if given[name] else None
     settings = read_settings(**given)
 

@@ -14,6 +14,7 @@ from knnlm_core.errors import InvalidParameter
 
 ENV_PREFIX = "KNNLM_"
 ApiKey = Annotated[SecretStr, Field(min_length=1)]
+STATE = "serving.json"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -27,10 +28,34 @@ class ServerSettings(BaseSettings):
         default=None, description="Folder of published datastores; none serves the LM alone."
     )
     load: Annotated[tuple[str, ...], NoDecode] = Field(
-        default=(), description="Datastores to load at start; by default all under the folder."
+        default=(),
+        description="Datastores to load at start; by default those of the state, and all under the folder that are not "
+        "in it.",
     )
     default_datastore: str | None = Field(
-        default=None, description="Datastore used when a request names only the LM; by default none."
+        default=None,
+        description="Datastore, or alias, used when a request names only the LM; by default that of the state, if any.",
+    )
+    alias: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="Another word for a datastore, as ALIAS=NAME; several may be given."
+    )
+    state: Path | None = Field(
+        default=None,
+        description="File that remembers versions, aliases and default from one start to the next; by default "
+        "serving.json in the folder of datastores.",
+    )
+    watch: float = Field(
+        default=0.0,
+        ge=0,
+        le=86_400,
+        description="Seconds between looks for newly published versions and for what other processes learn and delete; "
+        "0 never looks.",
+    )
+    datastore_bytes: int | None = Field(
+        default=None,
+        ge=1,
+        description="Bound on all loaded datastores in bytes, those that drain included; one more is answered 409. By "
+        "default unlimited.",
     )
     served_model_name: str | None = Field(
         default=None, description="Name under which the LM is served; by default its last path component."
@@ -84,11 +109,22 @@ class ServerSettings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="What is logged.")
 
-    @field_validator("load", mode="before")
+    @field_validator("load", "alias", mode="before")
     @classmethod
     def _names(cls, given: object) -> object:
         """In the environment, names are separated by commas."""
         return tuple(name.strip() for name in given.split(",") if name.strip()) if isinstance(given, str) else given
+
+    @field_validator("alias")
+    @classmethod
+    def _are_pairs(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        """ALIAS=NAME each, and no alias twice."""
+        for pair in given:
+            if pair.count("=") != 1 or not all(pair.split("=")):
+                raise PydanticCustomError("alias", "must be ALIAS=NAME")
+        if len({pair.split("=")[0] for pair in given}) < len(given):
+            raise PydanticCustomError("alias", "must give each alias once")
+        return given
 
     @field_validator("api_key", mode="before")
     @classmethod
@@ -103,6 +139,18 @@ class ServerSettings(BaseSettings):
         if given is not None and not info.data.get("api_key", ("unknown",)):
             raise PydanticCustomError("needs_api_key", "needs at least one API key (--api-key)")
         return given
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Alias → name, as given."""
+        return dict(pair.split("=") for pair in self.alias)
+
+    @property
+    def state_file(self) -> Path | None:
+        """Where the state is kept; None without datastores."""
+        if self.state is None and self.datastores is not None:
+            return self.datastores / STATE
+        return self.state
 
     @property
     def is_loopback(self) -> bool:

@@ -136,12 +136,14 @@ def test_the_smallest_power_of_two_that_passes_is_chosen(tmp_path: Path, spread:
     spec = ivf_spec(NLIST, nprobe=32, train_vectors=39 * NLIST)
     asked = queries(spread)
     with make_store(tmp_path / "store", spec, keys) as store:
-        gate, count = choose_nprobe(store, asked, K, seed=4)
-        assert count == GATE_QUERIES
-        sample = asked.take(torch.randperm(600, generator=torch.Generator().manual_seed(4))[:GATE_QUERIES])
+        gate, sample, nearest = choose_nprobe(store, asked, K, seed=4)
+        assert len(sample.keys) == GATE_QUERIES
+        need_sample = asked.take(torch.randperm(600, generator=torch.Generator().manual_seed(4))[:GATE_QUERIES])
+        assert torch.equal(sample.keys, need_sample.keys)
         stored = keys.astype(np.float16).astype(np.float64)
         every = ((sample.keys.double().numpy()[:, None] - stored[None]) ** 2).sum(axis=2)
         exact_ids = np.argsort(every, axis=1, kind="stable")[:, :K]
+        assert np.array_equal(nearest.entry_ids.numpy(), exact_ids)
 
         def measured(nprobe: int) -> tuple[float, float, float]:
             """recall@32, recall@K and perplexity over that of exact search, the slow way."""
@@ -175,14 +177,14 @@ def test_the_gate_has_something_to_choose_between(tmp_path: Path) -> None:
         keys = clustered(np.random.default_rng(3), ENTRIES, spread)
         spec = ivf_spec(NLIST, nprobe=32, train_vectors=39 * NLIST)
         with make_store(tmp_path / str(spread), spec, keys) as store:
-            chosen.append(choose_nprobe(store, queries(spread), K, seed=4)[0].nprobe)
+            chosen.append(choose_nprobe(store, queries(spread), K, seed=4).gate.nprobe)
     assert chosen[0] == FIRST_NPROBE < chosen[1] <= NLIST
 
 
 def test_an_exact_store_passes_as_it_is(tmp_path: Path) -> None:
     keys = clustered(np.random.default_rng(3), ENTRIES, 1.0)
     with make_store(tmp_path / "store", choose_index(ENTRIES, DIM, K), keys) as store:
-        gate, count = choose_nprobe(store, queries(1.0, count=100), K, seed=0)
-    assert (gate.nprobe, gate.recall_at_32, gate.recall_at_k, count) == (0, 1.0, 1.0, 100)
+        gate, sample, _ = choose_nprobe(store, queries(1.0, count=100), K, seed=0)
+    assert (gate.nprobe, gate.recall_at_32, gate.recall_at_k, len(sample.keys)) == (0, 1.0, 1.0, 100)
     assert gate.perplexity_ratio == pytest.approx(1.0, abs=1e-6)
     assert gate.passes

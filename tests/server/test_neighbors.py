@@ -15,7 +15,7 @@ from live_server import LiveServer, wait_until
 
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.lm.huggingface import HuggingFaceLM
-from knnlm_core.mixture import Retrieval
+from knnlm_core.retrieval import Retrieval, Source
 from knnlm_server.api.schemas.neighbors import NeighborsAnswer
 from knnlm_server.engine.neighbors import ContextNeighbors, NeighborsRequest
 
@@ -211,7 +211,7 @@ def test_leaving_frees_engine_and_lease(live_server: LiveServer) -> None:
 def test_passes_take_each_context_once_within_the_budget(lm: HuggingFaceLM, law: Datastore, budget: int) -> None:
     contexts = [[3 + i] * length for i, length in enumerate((4, 1, 9, 2, 2, 7))]
     done: list[tuple[int, ContextNeighbors]] = []
-    retrieval = Retrieval(law, *KNN)
+    retrieval = Retrieval((Source(law, *KNN),))
     request = NeighborsRequest("test", contexts, retrieval, 3, lambda *found: done.append(found), lambda error: None)
     sizes = []
     while not request.is_done:

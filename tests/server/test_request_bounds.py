@@ -19,7 +19,8 @@ from small_stores import Published, Start
 
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.errors import InvalidParameter
-from knnlm_core.mixture import Retrieval, find
+from knnlm_core.mixture import find
+from knnlm_core.retrieval import Retrieval, Source
 from knnlm_core.types import EntryRange
 from knnlm_server.api import neighbors, score_inputs, score_job
 from knnlm_server.api.schemas.common import MAX_EXCLUDED_DOCUMENTS, KnnBody
@@ -191,13 +192,13 @@ class HashCounted(tuple[EntryRange, ...]):
 
 def test_an_exclusion_is_hashed_per_request_and_not_per_row(law: Datastore) -> None:
     ranges = [law.document_entries(document_id) for document_id in law.document_ids()]
-    plain = Retrieval(law, 4, 15.0, 0.4)
+    plain = Source(law, 4, 15.0, 0.4)
     kinds = [
         None,
-        plain,
-        replace(plain, exclude=HashCounted(ranges[:2])),
-        replace(plain, exclude=HashCounted(ranges[:2]), k=2),  # equal, of another request
-        replace(plain, exclude=HashCounted(ranges[3:4])),
+        Retrieval((plain,)),
+        Retrieval((replace(plain, exclude=HashCounted(ranges[:2])),)),
+        Retrieval((replace(plain, exclude=HashCounted(ranges[:2]), k=2),)),  # equal, of another request
+        Retrieval((replace(plain, exclude=HashCounted(ranges[3:4])),)),
     ]
     retrievals = [kinds[row % len(kinds)] for row in range(60)]
     keys = torch.randn(60, law.dim, generator=torch.Generator().manual_seed(1))

@@ -16,7 +16,8 @@ from small_stores import Published, Start
 from knnlm_client import Client, KnnOptions
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.lm.huggingface import HuggingFaceLM
-from knnlm_core.mixture import Retrieval, find
+from knnlm_core.mixture import find
+from knnlm_core.retrieval import Retrieval, Source
 from knnlm_server.engine import scoring
 from knnlm_server.engine.scoring import ScoreRequest, TokenScores
 
@@ -126,7 +127,7 @@ def test_scores_do_not_depend_on_how_many_rows_are_searched_at_once(
     texts = [[(i * j) % 400 + 1 for i in range(length)] for j, length in enumerate((90, 3, 200, 40), start=1)]
 
     def scores() -> dict[int, TokenScores]:
-        request, done = score_request(texts, 64, 32, Retrieval(law, 16, 20.0, 0.5))
+        request, done = score_request(texts, 64, 32, Retrieval((Source(law, 16, 20.0, 0.5),)))
         searched = 0
         while not request.is_done:
             searched += request.run(lm, 128).searched
@@ -168,11 +169,11 @@ def test_an_excluded_document_is_never_retrieved(
     assert log_probs(excluded, "mixed")[clear] == pytest.approx(need[clear], abs=1e-3)
 
     keys = lm.encode([ids[:127]], [0]).keys
-    retrieval = Retrieval(law, KNN.k, KNN.temperature, KNN.lmbda, exclude=(entries,))
+    retrieval = Retrieval((Source(law, KNN.k, KNN.temperature, KNN.lmbda, exclude=(entries,)),))
     found = find(keys, [retrieval] * len(keys)).neighbors
     assert not ((found.entry_ids >= entries.first) & (found.entry_ids < entries.stop)).any()
     assert found.distances.min() > 1e-3
-    unrestricted = find(keys, [Retrieval(law, KNN.k, KNN.temperature, KNN.lmbda)] * len(keys)).neighbors
+    unrestricted = find(keys, [Retrieval((Source(law, *KNN),))] * len(keys)).neighbors
     assert unrestricted.distances[:, 0].max() < 1e-3
 
 

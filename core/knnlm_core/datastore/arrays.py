@@ -1,4 +1,4 @@
-"""Keys and values as Arrow IPC files of one uncompressed record batch each, so that mapping them copies nothing."""
+"""Arrays as Arrow IPC files of one uncompressed record batch each, so that mapping them copies nothing."""
 
 from __future__ import annotations
 
@@ -37,34 +37,40 @@ def write_keys(path: Path, keys: KeyArray) -> None:
     schema = _keys_schema(keys.shape[1])
     numbers = pa.Array.from_buffers(pa.float16(), keys.size, [None, pa.py_buffer(np.ascontiguousarray(keys))])
     column = pa.FixedSizeListArray.from_arrays(numbers, type=schema.field(0).type)
-    _write(path, pa.RecordBatch.from_arrays([column], schema=schema))
+    write_batch(path, pa.RecordBatch.from_arrays([column], schema=schema))
 
 
 def write_values(path: Path, columns: ValueColumns) -> None:
     """Write values and character spans in one step."""
     arrays = [pa.array(column, type=pa.int32()) for column in columns]
-    _write(path, pa.RecordBatch.from_arrays(arrays, schema=_VALUES_SCHEMA))
+    write_batch(path, pa.RecordBatch.from_arrays(arrays, schema=_VALUES_SCHEMA))
 
 
 def map_keys(path: Path, dim: int, entries: int) -> KeyArray:
     """Map keys as a read-only (N, D) view of the file. Raises DatastoreCorrupt."""
-    column = _map(path, _keys_schema(dim), entries)[0].flatten()
+    column = map_batch(path, _keys_schema(dim), entries).column(0).flatten()
     return column.to_numpy(zero_copy_only=True).reshape(entries, dim)
 
 
 def map_values(path: Path, entries: int) -> ValueColumns:
     """Map values and character spans as read-only views of the file. Raises DatastoreCorrupt."""
-    return ValueColumns(*(c.to_numpy(zero_copy_only=True) for c in _map(path, _VALUES_SCHEMA, entries)))
+    return ValueColumns(*(c.to_numpy(zero_copy_only=True) for c in map_batch(path, _VALUES_SCHEMA, entries).columns))
 
 
-def _write(path: Path, batch: pa.RecordBatch) -> None:
+def write_batch(path: Path, batch: pa.RecordBatch) -> None:
+    """Write a file of one record batch in one step."""
     part = part_of(path)
     with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     replace_file(part, path)
 
 
-def _map(path: Path, schema: pa.Schema, entries: int) -> list[pa.Array]:
+def map_batch(path: Path, schema: pa.Schema, rows: int | None = None) -> pa.RecordBatch:
+    """Map the one record batch of a file.
+
+    Args:     rows: how many it must have; None for any number.
+    Raises:   DatastoreCorrupt: not a whole file of this schema and size, uncompressed and without nulls.
+    """
     try:
         # The arrays keep the mapping alive; closing gives back the file descriptor.
         with pa.memory_map(str(path), "r") as source:
@@ -82,15 +88,15 @@ def _map(path: Path, schema: pa.Schema, entries: int) -> list[pa.Array]:
         raise DatastoreCorrupt(f"{path} is missing") from None
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise DatastoreCorrupt(f"{path} is not a whole Arrow file: {error}") from error
-    if batch.num_rows != entries:
-        raise DatastoreCorrupt(f"{path} has {batch.num_rows} entries, the manifest needs {entries}")
+    if rows is not None and batch.num_rows != rows:
+        raise DatastoreCorrupt(f"{path} has {batch.num_rows} entries, the manifest needs {rows}")
     for column in batch.columns:
         if column.null_count or (pa.types.is_fixed_size_list(column.type) and column.flatten().null_count):
-            raise DatastoreCorrupt(f"{path} has nulls; keys and values have none")
+            raise DatastoreCorrupt(f"{path} has nulls; there must be none")
         buffers = [buffer for buffer in column.buffers() if buffer is not None]
         if not all(base <= b.address and b.address + b.size <= base + size for b in buffers):
             raise DatastoreCorrupt(f"{path} is compressed; only uncompressed files can be mapped")
-    return list(batch.columns)
+    return batch
 
 
 def _describe(schema: pa.Schema) -> str:

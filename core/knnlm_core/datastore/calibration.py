@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.manifest import Digest16, Positive, read_json, validate, version_of
+from knnlm_core.datastore.sealed import check_seal, sealed_text
 from knnlm_core.durable import sync_folder, write_text
 from knnlm_core.errors import BuildConflict, DatastoreCorrupt
 
@@ -56,7 +57,7 @@ def read_calibration(root: Path, name: str, calibration: str) -> Calibration:
         DatastoreCorrupt: not a calibration, or one of another id.
     """
     path = layout.calibration_folder(root, name, calibration) / layout.CALIBRATION
-    found = validate(Calibration, read_json(path, MAX_CALIBRATION_BYTES), path)
+    found = validate(Calibration, check_seal(read_json(path, MAX_CALIBRATION_BYTES), path), path)
     if found.id != calibration:
         raise DatastoreCorrupt(f"{path}: id is {found.id!r}, its folder needs {calibration!r}")
     return found
@@ -84,7 +85,7 @@ def write_calibration(root: Path, name: str, calibration: Calibration) -> Path:
             raise BuildConflict(f"{path} exists with other content; a calibration is never modified")
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, calibration.model_dump_json(indent=2, by_alias=True) + "\n")
+    write_text(path, sealed_text(calibration.model_dump(mode="json", by_alias=True)))
     for parent in (folder.parent, folder.parent.parent):
         sync_folder(parent)
     return folder

@@ -284,7 +284,9 @@ def _open(path: Path) -> pq.ParquetFile:
 
 def _read(file: pq.ParquetFile, path: Path, groups: Sequence[int], columns: list[str] | None = None) -> pa.Table:
     try:
-        return file.read_row_groups(list(groups), columns=columns, use_threads=False)
+        table = file.read_row_groups(list(groups), columns=columns, use_threads=False)
+        table.validate(full=True)  # Parquet does not promise that strings are UTF-8
+        return table
     except (pa.ArrowInvalid, OSError) as error:
         raise DatastoreCorrupt(f"{path}: a row group does not decode: {error}") from error
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import NamedTuple
 
 import numpy as np
@@ -22,8 +23,14 @@ from knnlm_core.datastore.exclusion import Bitmap, allowed_bitmap, check_ranges
 from knnlm_core.datastore.manifest import Manifest
 from knnlm_core.datastore.merge import Found, merge_found
 from knnlm_core.datastore.shard import Queries, Shard
-from knnlm_core.errors import DatastoreCorrupt, DocumentNotFound, InvalidKnnParams, InvalidParameter
-from knnlm_core.types import EntryRange, Neighbors
+from knnlm_core.errors import (
+    DatastoreCorrupt,
+    DatastoreMismatch,
+    DocumentNotFound,
+    InvalidKnnParams,
+    InvalidParameter,
+)
+from knnlm_core.types import EntryRange, LMIdentity, Neighbors
 
 Ids = npt.NDArray[np.int64]
 
@@ -85,6 +92,14 @@ class Entries(ABC):
     @abstractmethod
     def _is_deleted(self, document_id: str, revision: int) -> bool:
         """Whether the copy of a document that was written at a revision has been deleted or replaced since."""
+
+    def require_fits(self, identity: LMIdentity) -> None:
+        """Raises DatastoreMismatch: naming the first field in which the running LM is not the one of the keys."""
+        built_for = self.manifest.lm.identity()
+        for field in (field.name for field in fields(LMIdentity) if field.name != "model_name"):
+            have, need = getattr(built_for, field), getattr(identity, field)
+            if have != need:
+                raise DatastoreMismatch(self.name, field=field, have=have, need=need)
 
     def search(
         self, queries: Tensor, k: int, *, exclude: Sequence[EntryRange] = (), nprobe: int | None = None

@@ -140,7 +140,7 @@ def map_index(path: Path, spec: IndexSpec, *, dim: int, entries: int) -> Any:
     try:
         # Plain IO_FLAG_MMAP does nothing for some kinds of lists; adding to a mapped index would abort the process.
         index = faiss.read_index(os.fspath(path), faiss.IO_FLAG_MMAP_IFC)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:  # a header may claim more than there can be
         raise DatastoreCorrupt(f"{path} is not a whole faiss index: {str(error).splitlines()[0][:300]}") from error
     check_index(index, spec, path, dim=dim, entries=entries)
     return index

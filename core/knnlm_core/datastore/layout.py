@@ -145,6 +145,8 @@ def read_current(root: Path, name: str) -> Current:
     except FileNotFoundError:
         known = ", ".join(published_names(root)) or "none"
         raise DatastoreNotFound(f"no datastore {name!r} is published under {root}; published: {known}") from None
+    except OSError as error:
+        raise DatastoreCorrupt(f"{path} cannot be read: {error.strerror}") from error
     match = re.fullmatch(rb"([0-9a-f]{16}) ([0-9a-f]{16}|-)\n", line)
     if match is None:
         raise DatastoreCorrupt(f"{path} must be one line `<version> <calibration id or ->`, it is {line!r}")

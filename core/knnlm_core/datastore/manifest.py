@@ -13,12 +13,13 @@ import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from knnlm_core.datastore import layout
+from knnlm_core.datastore.sealed import SEAL, canonical, check_seal, sealed_text
 from knnlm_core.durable import write_text
 from knnlm_core.errors import DatastoreCorrupt, DatastoreMismatch, DatastoreNotFound
 from knnlm_core.types import LMIdentity
 
 FORMAT_VERSION = 1
-MAX_MANIFEST_BYTES = 64 * 1024 * 1024
+MAX_MANIFEST_BYTES = 4 * 1024 * 1024  # some 7,000 shards; parsed, the worst JSON takes fifty times its size
 MAX_DIM = 65_536
 MAX_VOCAB_SIZE = 2**31 - 1  # token ids are stored as int32
 
@@ -65,7 +66,7 @@ class KeySection(_Section):
 class ContextSection(_Section):
     """How documents were cut into windows: see `knnlm_core.windows`."""
 
-    window: Annotated[int, Field(strict=True, ge=2)]
+    window: Annotated[int, Field(strict=True, ge=2, lt=2**31)]
     stride: Annotated[int, Field(strict=True, ge=1)]
     bos_token_ids: tuple[Count, ...] = ()
 
@@ -222,11 +223,14 @@ class Manifest(_Section):
             raise DatastoreMismatch(
                 path.parent.name, field="format_version", have=have, need=FORMAT_VERSION, needed_by="this reader"
             )
-        return validate(cls, content, path)
+        # Fields first: their errors say more.
+        manifest = validate(cls, {name: value for name, value in content.items() if name != SEAL}, path)
+        check_seal(content, path)
+        return manifest
 
     def write(self, path: Path) -> None:
         """Write the manifest in one step; the same manifest gives the same bytes."""
-        write_text(path, self.model_dump_json(indent=2) + "\n")
+        write_text(path, sealed_text(self.model_dump(mode="json")))
 
 
 def version_of(inputs: Mapping[str, JsonValue]) -> str:
@@ -235,8 +239,7 @@ def version_of(inputs: Mapping[str, JsonValue]) -> str:
     Put in hashes of documents, the build's specification and the LM's identity; never numbers that encoding produced,
     since those differ between machines and thread counts.
     """
-    canonical = json.dumps(inputs, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    return hashlib.sha256(canonical(inputs)).hexdigest()[:16]
 
 
 def check_relative(path: str) -> None:
@@ -253,15 +256,27 @@ def read_json(path: Path, max_bytes: int) -> dict[str, JsonValue]:
             raw = file.read(max_bytes + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise DatastoreNotFound(f"there is no {path}") from None
+    except OSError as error:
+        raise DatastoreCorrupt(f"{path} cannot be read: {error.strerror}") from error
     if len(raw) > max_bytes:
         raise DatastoreCorrupt(f"{path} must have at most {max_bytes} bytes, it has more")
     try:
         content = pydantic_core.from_json(raw, allow_inf_nan=False)
+        json.loads(raw, object_pairs_hook=_refuse_repeated)
     except ValueError as error:
         raise DatastoreCorrupt(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise DatastoreCorrupt(f"{path} must be a JSON object, it is a {type(content).__name__}")
     return content
+
+
+def _refuse_repeated(fields: list[tuple[str, object]]) -> None:
+    """Of a field that stands twice each parser believes another one; keeps nothing of the object."""
+    seen = set[str]()
+    for name, _ in fields:
+        if name in seen:
+            raise ValueError(f"the field {name[:100]!r} stands twice in an object")
+        seen.add(name)
 
 
 def validate(model: type[Model], content: dict[str, JsonValue], path: Path) -> Model:

@@ -8,6 +8,7 @@ from pathlib import Path
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.calibration import read_calibration
 from knnlm_core.datastore.checksums import check_sizes
+from knnlm_core.datastore.history import record_current
 from knnlm_core.datastore.manifest import Manifest
 from knnlm_core.durable import sync_file, sync_folder
 from knnlm_core.errors import BuildConflict, DatastoreCorrupt, DatastoreMismatch, DatastoreNotFound
@@ -25,6 +26,17 @@ def publish(root: Path, name: str, version: str, calibration: str | None = None)
         DatastoreCorrupt: the build's files are not those of its manifest.
         DatastoreMismatch: the calibration is for another version.
     """
+    _check_calibration(root, name, version, calibration)
+    final = place(root, name, version)
+    set_current(root, name, version, calibration)
+    return final
+
+
+def place(root: Path, name: str, version: str) -> Path:
+    """Publish a finished build without making it current; returns its folder.
+
+    Raises: as `publish`.
+    """
     building = layout.building_folder(root, name, version)
     final = layout.version_folder(root, name, version)
     if final.exists():
@@ -34,7 +46,6 @@ def publish(root: Path, name: str, version: str, calibration: str | None = None)
         if have != need:
             raise DatastoreCorrupt(f"{building / layout.MANIFEST}: {field} is {have!r}, its folder needs {need!r}")
     check_sizes(building, manifest)
-    _check_calibration(root, name, version, calibration)
     for folder, _, files in os.walk(building):
         for file in files:
             sync_file(Path(folder, file))
@@ -46,12 +57,11 @@ def publish(root: Path, name: str, version: str, calibration: str | None = None)
             raise BuildConflict(f"version {version} of {name!r} was published by another build") from error
         raise
     sync_folder(final.parent)
-    set_current(root, name, version, calibration)
     return final
 
 
 def set_current(root: Path, name: str, version: str, calibration: str | None = None) -> None:
-    """Retarget a name to a published version and one of its calibrations, in one step.
+    """Retarget a name to a published version and one of its calibrations, in one step; HISTORY notes it before.
 
     Raises:
         DatastoreNotFound: the version or the calibration does not exist.
@@ -61,7 +71,9 @@ def set_current(root: Path, name: str, version: str, calibration: str | None = N
         known = ", ".join(layout.published_versions(root, name)) or "none"
         raise DatastoreNotFound(f"version {version} of {name!r} is not published; published: {known}")
     _check_calibration(root, name, version, calibration)
-    layout.write_current(root, name, layout.Current(version, calibration))
+    current = layout.Current(version, calibration)
+    record_current(root, name, current)
+    layout.write_current(root, name, current)
 
 
 def _check_calibration(root: Path, name: str, version: str, calibration: str | None) -> None:

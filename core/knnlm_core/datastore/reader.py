@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.calibration import Calibration, find_calibration, read_calibration
-from knnlm_core.datastore.checksums import Progress, check_sizes, verify_files
+from knnlm_core.datastore.checksums import Progress, check_sizes, verify_files, verify_once
 from knnlm_core.datastore.documents import Document, DocumentTable, read_documents
 from knnlm_core.datastore.entries import Entries, Part, Section
 from knnlm_core.datastore.manifest import Manifest
 from knnlm_core.datastore.shard import Shard
 from knnlm_core.errors import DatastoreCorrupt, DatastoreMismatch, DatastoreNotFound
-from knnlm_core.types import LMIdentity
 
 _PREFETCH_BYTES = 4 * 1024 * 1024
 
@@ -46,6 +44,7 @@ class Datastore(Entries):
         *,
         calibration: str | None = None,
         checksums: bool = False,
+        verified: Path | None = None,
         progress: Progress | None = None,
     ) -> Self:
         """Open a published version.
@@ -54,7 +53,10 @@ class Datastore(Entries):
             version: None for the one that CURRENT names.
             calibration: an id; None for the one that CURRENT names if CURRENT names this version, else the version's
                 newest.
-            checksums: also read every file and compare its sha256; sizes are compared always.
+            checksums: also read every file and compare its sha256 before anything in it is looked at; sizes are
+                compared always.
+            verified: folder that remembers which versions were read in full on this machine: one that it does not know
+                is, see `verify_once`.
             progress: gets the bytes of each block that was hashed.
         Raises:
             InvalidParameter: name, version or calibration cannot be one.
@@ -62,33 +64,12 @@ class Datastore(Entries):
             DatastoreMismatch: of another format version, or the calibration is for another version.
             DatastoreCorrupt: a file is missing, unknown, or contradicts the manifest.
         """
-        layout.check_name(name)
-        if version is None or calibration is None:
-            current = _current(root, name, required=version is None)
-            version = version or (current.version if current else None)
-            assert version is not None
-            if calibration is None:
-                is_current = current is not None and current.version == version
-                calibration = current.calibration if current and is_current else find_calibration(root, name, version)
-        folder = layout.version_folder(root, name, version)
-        if not folder.is_dir():
-            known = ", ".join(layout.published_versions(root, name)) or "none"
-            raise DatastoreNotFound(f"datastore {name!r} has no version {version!r}; published: {known}")
-        settings = None if calibration is None else read_calibration(root, name, calibration)
-        if settings is not None and settings.datastore_version != version:
-            raise DatastoreMismatch(
-                name,
-                field=f"datastore_version of calibration {calibration}",
-                have=settings.datastore_version,
-                need=version,
-                needed_by="the version to be opened",
-            )
-        store = cls.open_folder(folder, calibration=settings, checksums=checksums, progress=progress)
-        for field, have, need in (("name", store.name, name), ("version", store.version, version)):
-            if have != need:
-                store.close()
-                raise DatastoreCorrupt(f"{folder / layout.MANIFEST}: {field} is {have!r}, its folder needs {need!r}")
-        return store
+        found = find_version(root, name, version, calibration=calibration)
+        if verified is not None and not checksums:
+            verify_once(found.folder, found.manifest, verified, progress)
+        else:
+            _check_files(found.folder, found.manifest, checksums, progress)
+        return cls(*found)
 
     @classmethod
     def open_folder(
@@ -103,14 +84,8 @@ class Datastore(Entries):
 
         Raises: as `open`.
         """
-        try:
-            manifest = Manifest.read(folder / layout.MANIFEST)
-        except DatastoreNotFound as error:
-            raise DatastoreCorrupt(f"{folder / layout.MANIFEST} is missing") from error
-        if checksums:
-            verify_files(folder, manifest, progress)
-        else:
-            check_sizes(folder, manifest)
+        manifest = _manifest(folder)
+        _check_files(folder, manifest, checksums, progress)
         return cls(folder, manifest, calibration)
 
     @property
@@ -122,14 +97,6 @@ class Datastore(Entries):
     def num_bytes(self) -> int:
         """Size of all files but the manifest."""
         return self.manifest.num_bytes
-
-    def require_fits(self, identity: LMIdentity) -> None:
-        """Raises DatastoreMismatch: naming the first field in which the running LM is not the one of the keys."""
-        built_for = self.manifest.lm.identity()
-        for field in (field.name for field in fields(LMIdentity) if field.name != "model_name"):
-            have, need = getattr(built_for, field), getattr(identity, field)
-            if have != need:
-                raise DatastoreMismatch(self.name, field=field, have=have, need=need)
 
     def held_out_documents(self) -> Iterator[Document]:
         """The documents that were kept out of the entries for calibration; none if the version keeps none."""
@@ -166,6 +133,63 @@ class Datastore(Entries):
 
     def _is_deleted(self, document_id: str, revision: int) -> bool:
         return False
+
+
+class PublishedVersion(NamedTuple):
+    """A version that was found, none of whose files has been looked at but its manifest: what `Datastore` is made of."""
+
+    folder: Path
+    manifest: Manifest
+    calibration: Calibration | None
+
+
+def find_version(
+    root: Path, name: str, version: str | None = None, *, calibration: str | None = None
+) -> PublishedVersion:
+    """The first half of `Datastore.open`, for whoever wants to decide by the manifest, or to check files in between.
+
+    Arguments and errors as there. Sizes are to be compared before the files are mapped: `verify_files`, `verify_once`.
+    """
+    layout.check_name(name)
+    if version is None or calibration is None:
+        current = _current(root, name, required=version is None)
+        version = version or (current.version if current else None)
+        assert version is not None
+        if calibration is None:
+            is_current = current is not None and current.version == version
+            calibration = current.calibration if current and is_current else find_calibration(root, name, version)
+    folder = layout.version_folder(root, name, version)
+    if not folder.is_dir():
+        known = ", ".join(layout.published_versions(root, name)) or "none"
+        raise DatastoreNotFound(f"datastore {name!r} has no version {version!r}; published: {known}")
+    settings = None if calibration is None else read_calibration(root, name, calibration)
+    if settings is not None and settings.datastore_version != version:
+        raise DatastoreMismatch(
+            name,
+            field=f"datastore_version of calibration {calibration}",
+            have=settings.datastore_version,
+            need=version,
+            needed_by="the version to be opened",
+        )
+    manifest = _manifest(folder)
+    for field, have, need in (("name", manifest.name, name), ("version", manifest.version, version)):
+        if have != need:
+            raise DatastoreCorrupt(f"{folder / layout.MANIFEST}: {field} is {have!r}, its folder needs {need!r}")
+    return PublishedVersion(folder, manifest, settings)
+
+
+def _manifest(folder: Path) -> Manifest:
+    try:
+        return Manifest.read(folder / layout.MANIFEST)
+    except DatastoreNotFound as error:
+        raise DatastoreCorrupt(f"{folder / layout.MANIFEST} is missing") from error
+
+
+def _check_files(folder: Path, manifest: Manifest, checksums: bool, progress: Progress | None) -> None:
+    if checksums:
+        verify_files(folder, manifest, progress)
+    else:
+        check_sizes(folder, manifest)
 
 
 def _current(root: Path, name: str, *, required: bool) -> layout.Current | None:

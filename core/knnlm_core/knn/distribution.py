@@ -48,16 +48,27 @@ def knn_log_probs(neighbors: Neighbors, *, knn_temperature: Tensor) -> SparseLog
     Args:
         neighbors: (B, K) squared L2 distances; missing entries have id −1 and carry no mass.
         knn_temperature: τ > 0, (B,).
-    Returns: (B, K) token ids and log-probabilities, each row summing to one in probability. A token that several
-        neighbours hold appears once; what is left over is padding: a token of the row with log-probability −inf.
-        In a row without neighbours everything is padding.
+    Returns: as `token_log_probs`.
     Raises: InvalidKnnParams: τ ≤ 0 or not finite.
     """
     check_temperature(knn_temperature)
-    log_weights = neighbor_log_weights(neighbors, knn_temperature)
+    return token_log_probs(neighbors.values, neighbor_log_weights(neighbors, knn_temperature))
+
+
+def token_log_probs(values: Tensor, log_weights: Tensor) -> SparseLogProbs:
+    """Add up weighted neighbours by token.
+
+    log p_knn(y) = log Σ_{i: v_i = y} w_i
+
+    Args:
+        values: (B, K) token ids, in any order.
+        log_weights: (B, K) log w_i; −inf carries no mass, whatever the value.
+    Returns: (B, K) token ids and log-probabilities, each row summing to Σ w in probability. A token that several
+        neighbours hold appears once; what is left over is padding: a token of the row with log-probability −inf.
+        In a row without mass everything is padding.
+    """
     present = log_weights > -math.inf
     # Neighbours without mass take the token of the nearest one with mass, so that every id is a valid one.
-    values = neighbors.values
     fallback = values.gather(1, present.int().argmax(dim=1, keepdim=True)).clamp(min=0)
     tokens, order = torch.sort(torch.where(present, values, fallback), dim=1, stable=True)
     log_weights = log_weights.gather(1, order)
@@ -86,8 +97,12 @@ def target_log_probs(neighbors: Neighbors, targets: Tensor, *, knn_temperature: 
     Raises: InvalidKnnParams: τ ≤ 0 or not finite.
     """
     check_temperature(knn_temperature)
-    log_weights = neighbor_log_weights(neighbors, knn_temperature)
-    return torch.logsumexp(log_weights.masked_fill(neighbors.values != targets[:, None], -math.inf), dim=1)
+    return target_log_mass(neighbors.values, neighbor_log_weights(neighbors, knn_temperature), targets)
+
+
+def target_log_mass(values: Tensor, log_weights: Tensor, targets: Tensor) -> Tensor:
+    """`token_log_probs` of one token per row: (B,); −inf where no neighbour with mass holds the target."""
+    return torch.logsumexp(log_weights.masked_fill(values != targets[:, None], -math.inf), dim=1)
 
 
 def has_neighbors(neighbors: Neighbors) -> Tensor:

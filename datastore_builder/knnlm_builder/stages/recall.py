@@ -10,6 +10,7 @@ import torch
 from knnlm_builder.stages.fit import Evidence, Fit, fit, mixed_log_probs
 from knnlm_builder.stages.held_out import Queries
 from knnlm_core.datastore.reader import Datastore
+from knnlm_core.datastore.recall import row_recall
 from knnlm_core.types import Neighbors
 
 GATE_QUERIES = 512
@@ -37,17 +38,21 @@ class RecallGate(NamedTuple):
         )
 
 
+class GateResult(NamedTuple):
+    """The gate, and what it was measured on."""
+
+    gate: RecallGate
+    sample: Queries
+    exact: Neighbors  # (B, k) what an exact search finds for the sample
+
+
 def recall(found: Neighbors, exact: Neighbors, k: int) -> float:
     """Share of the exact k nearest that were found among k; an equally near entry counts as found."""
-    farthest = exact.distances[:, :k].masked_fill(exact.entry_ids[:, :k] < 0, -math.inf).amax(dim=1)
-    wanted = (exact.entry_ids[:, :k] >= 0).sum(dim=1)
-    # Distances of the two paths differ in the last bits.
-    near = (found.distances[:, :k] <= farthest[:, None] * (1 + 1e-4) + 1e-4) & (found.entry_ids[:, :k] >= 0)
-    return float((near.sum(dim=1).clamp(max=wanted) / wanted.clamp(min=1)).mean())
+    return float(row_recall(found, exact, k).mean())
 
 
-def choose_nprobe(datastore: Datastore, queries: Queries, k: int, *, seed: int) -> tuple[RecallGate, int]:
-    """The smallest power of two that passes the gate, on a sample of held-out queries, and the sample's size.
+def choose_nprobe(datastore: Datastore, queries: Queries, k: int, *, seed: int) -> GateResult:
+    """The smallest power of two that passes the gate, on a sample of held-out queries.
 
     A store searched exactly passes as it is; searching every list is exact too, so some nprobe always passes.
     """
@@ -62,7 +67,7 @@ def choose_nprobe(datastore: Datastore, queries: Queries, k: int, *, seed: int) 
         found = datastore.search(sample.keys, k, nprobe=nprobe or None)
         gate = _measure(nprobe, _evidence(sample, found), exact, best, k)
         if gate.passes or nprobe >= nlist:
-            return gate, len(rows)
+            return GateResult(gate, sample, exact.neighbors)
         nprobe = min(2 * nprobe, nlist)
 
 

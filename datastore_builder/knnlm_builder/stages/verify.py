@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from knnlm_builder.stages.plan import Plan
+from knnlm_core.datastore.canaries import self_test
 from knnlm_core.datastore.reader import Datastore
-from knnlm_core.errors import VerifyFailed
+from knnlm_core.errors import DatastoreCorrupt, VerifyFailed
 
 SELF_QUERIES = 256
 MIN_SELF_RECALL = 0.99
@@ -51,3 +53,15 @@ def verify(datastore: Datastore, plan: Plan, *, nprobe: int, seed: int) -> SelfC
         if not torch.equal(have, need):
             raise VerifyFailed(f"document {document.id!r}: its entries' values are not its tokens")
     return SelfCheck(len(ids), self_recall)
+
+
+def verify_as_reader(folder: Path) -> None:
+    """Open a finished build once more, with its last manifest, and pass its own self-test.
+
+    Raises: VerifyFailed: with what a reader would be told.
+    """
+    try:
+        with Datastore.open_folder(folder) as datastore:
+            self_test(datastore)
+    except DatastoreCorrupt as error:
+        raise VerifyFailed(f"the finished store is refused: {error.message}") from error

@@ -11,8 +11,8 @@ from knnlm_core.errors import InvalidParameter
 from knnlm_core.lm.tokenizer import Tokenizer
 from knnlm_server.api.chat_rendering import ChatRenderer
 from knnlm_server.api.generation import (
-    GenerationJob,
     GenerationPlan,
+    begin_job,
     check_length,
     check_params,
     detokenizer_after,
@@ -35,7 +35,7 @@ router = APIRouter(route_class=JsonRoute, dependencies=[KeyRequired])
     responses=RESPONSES,
 )
 async def create_chat_completion(body: ChatBody, request: Request) -> Response:
-    """Go on with a conversation ``n`` times with the LM, mixed with a datastore where one is named."""
+    """Go on with a conversation ``n`` times with the LM, mixed with datastores where some are named."""
     state = service(request)
     body.log_unknown()
     body.refuse_unsupported()
@@ -50,8 +50,10 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
         detokenizers=[detokenizer_after(backend.tokenizer, prompt_ids, params)],
         params=params,
         with_trace=body.wants_trace,
+        with_attribution=body.wants_attribution,
     )
-    job = GenerationJob(backend, select(state, body.model, body.knn), plan, f"chatcmpl-{request.state.request_id}")
+    selection = select(state, body.model, body.knn, has_prompt=True)
+    job = await begin_job(request, backend, selection, plan, f"chatcmpl-{request.state.request_id}")
     return await respond(request, body, job, lambda: ChatRenderer(job))
 
 

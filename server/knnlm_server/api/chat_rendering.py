@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from knnlm_server.api.attribution_rendering import AnswerAttribution
 from knnlm_server.api.generation import GenerationJob, JobEvent
-from knnlm_server.api.trace_rendering import json_log_prob, render_trace
+from knnlm_server.api.trace_rendering import TraceRenderer, json_log_prob
 from knnlm_server.engine.events import FinishReason, TokenEvent
 
 KIND = "chat.completion"
@@ -19,6 +20,7 @@ class _Choice:
     """What a choice has to tell and has not told yet."""
 
     index: int
+    attribution: AnswerAttribution
     is_begun: bool = False  # the chunk with the role is out
     events: list[TokenEvent] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -35,8 +37,8 @@ class ChatRenderer:
     def __init__(self, job: GenerationJob) -> None:
         self._job = job
         self._tokenizer = job.backend.tokenizer
-        self._datastore = job.selection.lease.datastore if job.selection.lease is not None else None
-        self._choices = [_Choice(index) for index in range(job.plan.params.n)]
+        self._traces = TraceRenderer(self._tokenizer, job.selection.stores)
+        self._choices = [_Choice(index, self._traces.answer()) for index in range(job.plan.params.n)]
         self._news: list[_Choice] = []
 
     def add(self, item: JobEvent) -> None:
@@ -58,14 +60,14 @@ class ChatRenderer:
                 yield self._chunk(choice, {"role": "assistant", "content": ""})
             if shows_tokens or any(event.text for event in choice.events):
                 events = choice.take()
-                yield self._chunk(choice, {"content": _text(events)}, self._details(events))
+                yield self._chunk(choice, {"content": _text(events)}, self._details(choice, events))
             if choice.finish_reason is not None:
-                yield self._chunk(choice, {}, finish_reason=choice.finish_reason)
+                yield self._chunk(choice, {}, self._attribution(choice), choice.finish_reason)
 
     @property
     def has_much(self) -> bool:
         """Whether `chunks` would take long; see `Renderer`."""
-        return False
+        return any(self._traces.is_much(choice.events) for choice in self._news)
 
     def tail(self) -> dict[str, Any]:
         """The chunk that carries the usage; see `Renderer`."""
@@ -83,7 +85,8 @@ class ChatRenderer:
             "message": {"role": "assistant", "content": _text(events), "refusal": None},
             "logprobs": None,
             "finish_reason": choice.finish_reason,
-            **self._details(events),
+            **self._details(choice, events),
+            **self._attribution(choice),
         }
 
     def _chunk(
@@ -96,18 +99,18 @@ class ChatRenderer:
         shown = {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         return {**self._job.header(CHUNK_KIND), "choices": [shown | (details or {})]}
 
-    def _details(self, events: list[TokenEvent]) -> dict[str, Any]:
+    def _details(self, choice: _Choice, events: list[TokenEvent]) -> dict[str, Any]:
         """``logprobs`` and ``knn`` of some tokens, where they were asked for."""
         details: dict[str, Any] = {}
         if self._job.plan.params.logprobs is not None:
             details["logprobs"] = {"content": [self._chosen(event) for event in events], "refusal": None}
         if self._job.plan.with_trace:
-            details["knn"] = [
-                render_trace(self._tokenizer, self._datastore, event.token_id, event.trace)
-                for event in events
-                if event.trace
-            ]
+            details["knn"] = self._traces.entries(events, choice.attribution)
         return details
+
+    def _attribution(self, choice: _Choice) -> dict[str, Any]:
+        """Of the whole choice, where it was asked for."""
+        return {"attribution": choice.attribution.whole()} if self._job.plan.with_attribution else {}
 
     def _chosen(self, event: TokenEvent) -> dict[str, Any]:
         top = [self._token(token_id, log_prob) for token_id, log_prob in event.top]

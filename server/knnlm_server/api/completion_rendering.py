@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from knnlm_core.lm.tokenizer import Encoding, Tokenizer
+from knnlm_server.api.attribution_rendering import AnswerAttribution
 from knnlm_server.api.generation import GenerationJob, JobEvent
-from knnlm_server.api.trace_rendering import json_log_prob, render_trace
+from knnlm_server.api.trace_rendering import TraceRenderer, json_log_prob
 from knnlm_server.engine.detokenizer import IncrementalDetokenizer
 from knnlm_server.engine.events import Finished, FinishReason, PromptEvent, TokenEvent, TopTokens
 
@@ -56,6 +57,7 @@ class _Choice:
     prompt: int
     echo: Echo | None  # until it is told
     offset: int  # of the completion in the choice's text
+    attribution: AnswerAttribution
     text: list[str] = field(default_factory=list)
     events: list[TokenEvent] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -85,10 +87,13 @@ class CompletionRenderer:
     def __init__(self, job: GenerationJob, echoes: Sequence[Echo | None], returned_n: int) -> None:
         self._job = job
         self._tokenizer = job.backend.tokenizer
-        self._datastore = job.selection.lease.datastore if job.selection.lease is not None else None
+        self._traces = TraceRenderer(self._tokenizer, job.selection.stores)
         self._returned_n = returned_n
         self._choices = [
-            [_Choice(prompt, echo, len(echo.text) if echo else 0) for _ in range(job.plan.params.n)]
+            [
+                _Choice(prompt, echo, len(echo.text) if echo else 0, self._traces.answer())
+                for _ in range(job.plan.params.n)
+            ]
             for prompt, echo in enumerate(echoes)
         ]
         self._scores = [_PromptScores() for _ in echoes]
@@ -120,7 +125,9 @@ class CompletionRenderer:
     @property
     def has_much(self) -> bool:
         """Whether `chunks` would take long; see `Renderer`."""
-        return self._job.plan.prompt_logprobs is not None and any(choice.echo for _, choice in self._news)
+        news = [choice for _, choice in self._news]
+        has_scored_prompt = self._job.plan.prompt_logprobs is not None and any(choice.echo for choice in news)
+        return has_scored_prompt or any(self._traces.is_much(choice.events) for choice in news)
 
     def tail(self) -> dict[str, Any]:
         """The chunk that carries the usage; see `Renderer`."""
@@ -146,11 +153,9 @@ class CompletionRenderer:
             "finish_reason": choice.finish_reason,
         }
         if self._job.plan.with_trace:
-            result["knn"] = [
-                render_trace(self._tokenizer, self._datastore, event.token_id, event.trace)
-                for event in choice.events
-                if event.trace
-            ]
+            result["knn"] = self._traces.entries(choice.events, choice.attribution)
+        if self._job.plan.with_attribution and choice.finish_reason is not None:
+            result["attribution"] = choice.attribution.whole()
         choice.text, choice.events = [], []
         return result
 

@@ -11,8 +11,8 @@ from fastapi.responses import Response
 from knnlm_core.errors import InvalidParameter
 from knnlm_server.api.completion_rendering import CompletionRenderer, Echo, echo_of_ids, echo_of_text
 from knnlm_server.api.generation import (
-    GenerationJob,
     GenerationPlan,
+    begin_job,
     check_length,
     check_params,
     detokenizer_after,
@@ -41,7 +41,7 @@ class _Prompt(NamedTuple):
 
 @router.post("/v1/completions", summary="Complete prompts", response_model=None, responses=RESPONSES)
 async def create_completion(body: CompletionBody, request: Request) -> Response:
-    """Complete each prompt ``n`` times with the LM, mixed with a datastore where one is named."""
+    """Complete each prompt ``n`` times with the LM, mixed with datastores where some are named."""
     state = service(request)
     body.log_unknown()
     body.refuse_unsupported()
@@ -55,9 +55,11 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
         detokenizers=[prompt.detokenizer for prompt in prompts],
         params=params,
         with_trace=body.wants_trace,
+        with_attribution=body.wants_attribution,
         prompt_logprobs=body.logprobs if body.echo else None,
     )
-    job = GenerationJob(backend, select(state, body.model, body.knn), plan, f"cmpl-{request.state.request_id}")
+    selection = select(state, body.model, body.knn, has_prompt=True)
+    job = await begin_job(request, backend, selection, plan, f"cmpl-{request.state.request_id}")
     echoes = [prompt.echo for prompt in prompts]
     return await respond(request, body, job, lambda: CompletionRenderer(job, echoes, returned_n=body.returned_n))
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from knnlm_core.datastore.calibration import Calibration
+from knnlm_core.datastore.layout import check_name
+from knnlm_server.api.datastore_card import render_card
 from knnlm_server.api.json_route import JsonRoute
-from knnlm_server.api.schemas.datastores import DatastoreCard, DatastoreList, LoadBody, Name, Unloaded
+from knnlm_server.api.load_stream import stream_load
+from knnlm_server.api.schemas.datastores import LOADED, DatastoreCard, DatastoreList, LoadBody, Name, Unloaded
 from knnlm_server.api.schemas.errors import ErrorBody
 from knnlm_server.api.security import AdminRequired, KeyRequired
 from knnlm_server.api.state import backend, service
-from knnlm_server.registry.registry import DatastoreStatus
+from knnlm_server.registry.serving import Labels
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -28,14 +31,19 @@ router = APIRouter(route_class=JsonRoute)
     responses={200: {"model": DatastoreList}, 404: {"model": ErrorBody}},
 )
 async def list_datastores(request: Request) -> dict[str, Any]:
-    """Loaded datastores, and the names that are published but not loaded."""
+    """Loaded datastores, the names that are published but not loaded, and what else names mean."""
     registry = backend(request).registry
-    loaded = registry.statuses()
-    names = {status.datastore.name for status in loaded}
+    loaded, serving = registry.statuses(), registry.serving
+    names = {status.name for status in loaded}
     return {
         "object": "list",
-        "data": [_render(status) for status in loaded],
+        "data": [render_card(status) for status in loaded],
         "published": [name for name in registry.published() if name not in names],
+        "aliases": serving.aliases,
+        "default": None if serving.default is None else serving.resolve(serving.default),
+        "bytes_used": registry.budget.used,
+        "bytes_limit": registry.budget.limit,
+        "persistent": registry.is_persistent,
     }
 
 
@@ -48,7 +56,7 @@ async def list_datastores(request: Request) -> dict[str, Any]:
 )
 async def get_datastore(name: Name, request: Request) -> dict[str, Any]:
     """One loaded datastore."""
-    return _render(backend(request).registry.status(name))
+    return render_card(backend(request).registry.status(name))
 
 
 @router.put(
@@ -56,21 +64,42 @@ async def get_datastore(name: Name, request: Request) -> dict[str, Any]:
     dependencies=[AdminRequired],
     summary="Load or swap",
     response_model=None,
-    responses={
-        200: {"model": DatastoreCard, "description": "Swapped"},
-        201: {"model": DatastoreCard, "description": "Loaded"},
-    },
+    responses=LOADED,
 )
 async def load_datastore(name: Name, request: Request, body: LoadBody | None = None) -> Response:
     """Load a published version, or swap the name to it; requests under way keep the version that they began with.
 
     Answers 201 when the name was not loaded before, else 200. A load that fails leaves the old version serving.
     """
-    version = body.version if body is not None else "current"
-    registry = backend(request).registry
-    # On a thread of its own: checking and touching files must not stall the streams.
-    loaded = await asyncio.to_thread(registry.load, name, None if version == "current" else version)
-    return JSONResponse(_render(loaded.status), status_code=201 if loaded.created else 200)
+    body = body if body is not None else LoadBody()
+    state = backend(request)
+    load = partial(
+        state.registry.load,
+        check_name(name),
+        None if body.version == "current" else body.version,
+        labels=Labels(body.aliases, body.default),
+    )
+    if body.stream:
+        return stream_load(load, state.threads.datastores)
+    # Once begun it goes on, whether or not anybody waits for the answer.
+    loaded = await asyncio.get_running_loop().run_in_executor(state.threads.datastores, load)
+    return JSONResponse(render_card(loaded.status), status_code=201 if loaded.created else 200)
+
+
+@router.post(
+    "/v1/datastores/{name}/rollback",
+    dependencies=[AdminRequired],
+    summary="Roll back",
+    response_model=None,
+    responses={200: {"model": DatastoreCard}},
+)
+async def roll_back_datastore(name: Name, request: Request) -> dict[str, Any]:
+    """Swap back to the version that served before; the name stays there until it is loaded anew."""
+    state = backend(request)
+    rolling = asyncio.get_running_loop().run_in_executor(
+        state.threads.datastores, state.registry.roll_back, check_name(name)
+    )
+    return render_card((await rolling).status)
 
 
 @router.delete(
@@ -82,38 +111,7 @@ async def load_datastore(name: Name, request: Request, body: LoadBody | None = N
 )
 async def unload_datastore(name: Name, request: Request) -> dict[str, Any]:
     """Take no new request for the name, wait for those under way, unload."""
-    timeout_s = service(request).settings.drain_timeout_s
-    await asyncio.to_thread(backend(request).registry.unload, name, timeout_s)
-    return {"object": "datastore", "name": name, "state": "unloaded"}
-
-
-def _render(status: DatastoreStatus) -> dict[str, Any]:
-    datastore = status.datastore
-    return {
-        "object": "datastore",
-        "name": datastore.name,
-        "version": datastore.version,
-        "generation": status.generation,
-        "state": status.state,
-        "entries": datastore.entries,
-        "bytes": datastore.num_bytes,
-        "unit": datastore.manifest.unit,
-        "documents": datastore.manifest.documents.count,
-        "leases": status.leases,
-        "calibration": _render_calibration(datastore.calibration) if datastore.calibration is not None else None,
-        "model_fingerprint": datastore.manifest.lm.model_fingerprint,
-    }
-
-
-def _render_calibration(calibration: Calibration) -> dict[str, Any]:
-    """What requests use and how good it was; the protocol's long lists of digests stay in the file."""
-    return {
-        "id": calibration.id,
-        "k": calibration.k,
-        "temperature": calibration.knn_temperature,
-        "lambda": calibration.lmbda,
-        "gate": calibration.gate,
-        "helps": calibration.helps,
-        "report": calibration.report,
-        "held_out_documents": calibration.protocol.get("held_out_documents"),
-    }
+    state, timeout_s = backend(request), service(request).settings.drain_timeout_s
+    meant = state.registry.resolve(name)
+    await asyncio.get_running_loop().run_in_executor(state.threads.datastores, state.registry.unload, meant, timeout_s)
+    return {"object": "datastore", "name": meant, "state": "unloaded"}

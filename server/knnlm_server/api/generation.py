@@ -15,9 +15,12 @@ from fastapi.responses import Response
 
 from knnlm_core.errors import InvalidParameter, KnnlmError, PromptTooLong
 from knnlm_core.lm.tokenizer import Tokenizer
+from knnlm_core.retrieval import Retrieval
+from knnlm_server.api.attribution_rendering import check_attributed
 from knnlm_server.api.disconnect import until_disconnect
 from knnlm_server.api.engine_call import EngineCall
 from knnlm_server.api.errors import error_event
+from knnlm_server.api.prompt_weights import settle_weights
 from knnlm_server.api.schemas.generation import GenerationBody
 from knnlm_server.api.selection import Selection
 from knnlm_server.api.shared_lease import SharedLease
@@ -45,6 +48,7 @@ class GenerationPlan:
         detokenizers: of each prompt, see `detokenizer_after`; every choice gets a copy.
         params: of every prompt, checked.
         with_trace: report per token how its probability came about.
+        with_attribution: also report which documents its probability came from; needs the trace.
         prompt_logprobs: alternatives to report with each prompt token; None does not score prompts.
     """
 
@@ -52,7 +56,13 @@ class GenerationPlan:
     detokenizers: Sequence[IncrementalDetokenizer]
     params: SamplingParams
     with_trace: bool = False
+    with_attribution: bool = False
     prompt_logprobs: int | None = None
+
+    @property
+    def num_choices(self) -> int:
+        """Of all prompts."""
+        return self.params.n * len(self.prompts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +73,54 @@ class JobEvent:
     event: Event
 
 
-class GenerationJob:
-    """Submits a plan and hands out its events; owns the selection's lease from the moment it is made.
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What a job retrieves from.
 
-    The lease is shared: by this job, until its answer is rendered, and by every engine request that has not ended.
+    Attributes:
+        lease: of the selection; the job gets its first share.
+        retrievals: one per prompt.
+    """
+
+    selection: Selection
+    lease: SharedLease
+    retrievals: Sequence[Retrieval | None]
+
+
+async def begin_job(
+    request: Request, backend: Backend, selection: Selection, plan: GenerationPlan, answer_id: str
+) -> GenerationJob:
+    """Settle how each prompt retrieves, then submit all of them; releases the selection if that fails.
 
     Args:
         answer_id: what the answer calls itself, such as ``cmpl-…``.
+    Raises: as `GenerationJob`; RequestCancelled: the client left meanwhile.
+        InvalidParameter: more would be attributed than a server can be asked to hold.
+    """
+    lease = SharedLease(selection)
+    try:
+        if plan.with_attribution:
+            check_attributed(plan.num_choices * plan.params.max_tokens, selection.retrieval)
+        settling = settle_weights(backend, selection, lease, plan.prompts, answer_id)
+        retrievals = await (until_disconnect(request, settling) if selection.weighs_by_prompt else settling)
+    except BaseException:
+        lease.drop()
+        raise
+    return GenerationJob(backend, Chosen(selection, lease, retrievals), plan, answer_id)
+
+
+class GenerationJob:
+    """Submits a plan and hands out its events; owns the first share of the selection's leases.
+
+    They are shared: by this job, until its answer is rendered, and by every engine request that has not ended.
+
     Raises: Overloaded, ShuttingDown, InvalidParameter: the engine does not take it; nothing runs then.
     """
 
-    def __init__(self, backend: Backend, selection: Selection, plan: GenerationPlan, answer_id: str) -> None:
+    def __init__(self, backend: Backend, chosen: Chosen, plan: GenerationPlan, answer_id: str) -> None:
         self.backend = backend
-        self.selection = selection
+        self.selection = chosen.selection
+        self._retrievals = chosen.retrievals
         self.plan = plan
         self.id = answer_id
         self._created = int(time.time())
@@ -83,7 +128,7 @@ class GenerationJob:
         self._num_finished = self._completion_tokens = 0
         self._requests: list[CompletionRequest] = []
         self._calls: list[EngineCall] = []
-        self._lease = SharedLease(selection)
+        self._lease = chosen.lease
         self._is_open = True
         try:
             self._submit()
@@ -106,12 +151,13 @@ class GenerationJob:
             request_id=f"{self.id}-{index}",
             prompt_ids=self.plan.prompts[index],
             params=params,
-            retrieval=self.selection.retrieval,
+            retrieval=self._retrievals[index],
             choices=[Choice(i, self.plan.detokenizers[index].copy(), stops.copy()) for i in range(params.n)],
             seed=params.seed if params.seed is not None else secrets.randbits(63),
             emit=lambda event: call.report(self._events.put_nowait, JobEvent(index, event)),
             on_end=lambda: call.end(None),
             trace_neighbors=TRACE_NEIGHBORS if self.plan.with_trace else 0,
+            attribute=self.plan.with_attribution,
             prompt_logprobs=self.plan.prompt_logprobs,
         )
 

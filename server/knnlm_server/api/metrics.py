@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -12,6 +12,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0
 from prometheus_client.registry import Collector
 
 from knnlm_server.api.state import Backend, service
+from knnlm_server.registry.table import DatastoreStatus
 
 router = APIRouter()
 
@@ -30,7 +31,10 @@ async def metrics(request: Request) -> Response:
     ProcessCollector(registry=now)
     if backend is not None:
         now.register(_State(backend))
-    text = generate_latest(now) + (generate_latest(backend.engine.metrics.registry) if backend is not None else b"")
+    text = generate_latest(now)
+    if backend is not None:
+        counted = (backend.engine.metrics.registry, backend.registry.metrics.registry)
+        text += b"".join(generate_latest(registry) for registry in counted)
     return Response(text, media_type=CONTENT_TYPE_PLAIN_1_0_0)
 
 
@@ -66,13 +70,19 @@ class _State(Collector):
         yield GaugeMetricFamily("knnlm_prefix_cache_bytes", "Bytes reserved for blocks.", use.reserved_bytes)
 
     def _datastores(self) -> Iterator[Metric]:
-        labels = ["datastore"]
-        leases = GaugeMetricFamily("knnlm_datastore_leases", "Leases of all open generations.", labels=labels)
-        generation = GaugeMetricFamily("knnlm_datastore_generation", "Generation that serves.", labels=labels)
-        entries = GaugeMetricFamily("knnlm_datastore_entries", "Entries of the version that serves.", labels=labels)
-        for status in self._backend.registry.statuses():
-            name = [status.datastore.name]
-            leases.add_metric(name, status.leases)
-            generation.add_metric(name, status.generation)
-            entries.add_metric(name, status.datastore.entries)
-        yield from (leases, generation, entries)
+        statuses = self._backend.registry.statuses()
+        gauges: list[tuple[str, str, Callable[[DatastoreStatus], int]]] = [
+            ("leases", "Leases of all open generations.", lambda status: status.leases),
+            ("generation", "Generation that serves.", lambda status: status.generation),
+            ("revision", "Counter of what the name has learned and deleted.", lambda status: status.datastore.revision),
+            ("entries", "Entries that serve, learned ones included.", lambda status: status.datastore.entries),
+            ("learned_documents", "Documents learned since the build.", lambda status: status.learned_documents),
+            ("deleted_documents", "Documents deleted from the name.", lambda status: status.deleted_documents),
+        ]
+        for name, help_text, read in gauges:
+            gauge = GaugeMetricFamily(f"knnlm_datastore_{name}", help_text, labels=["datastore"])
+            for status in statuses:
+                gauge.add_metric([status.name], read(status))
+            yield gauge
+        used = self._backend.registry.budget.used
+        yield GaugeMetricFamily("knnlm_datastores_used_bytes", "Bytes of open generations and learned entries.", used)

@@ -17,7 +17,7 @@ router = APIRouter(dependencies=[KeyRequired])
 
 @router.get("/v1/models", summary="List models", response_model=None, responses={200: {"model": ModelList}})
 async def list_models(request: Request) -> dict[str, Any]:
-    """The base LM and its combinations with loaded datastores."""
+    """The base LM and its combinations with loaded datastores, by their names and by their aliases."""
     return {"object": "list", "data": _cards(backend(request))}
 
 
@@ -33,8 +33,9 @@ async def get_model(model: str, request: Request) -> dict[str, Any]:
 
 
 def _cards(state: Backend) -> list[dict[str, Any]]:
+    words = {word: status.name for status in state.registry.statuses() for word in (status.name, *status.aliases)}
     base = _card(state, state.model_name, None)
-    return [base, *(_card(state, f"{state.model_name}{SEPARATOR}{name}", name) for name in state.registry.names())]
+    return [base, *(_card(state, f"{state.model_name}{SEPARATOR}{word}", name) for word, name in sorted(words.items()))]
 
 
 def _card(state: Backend, model: str, datastore: str | None) -> dict[str, Any]:

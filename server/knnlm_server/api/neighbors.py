@@ -1,4 +1,4 @@
-"""``POST /v1/neighbors``: what a datastore would retrieve after a context, in the text that it comes from."""
+"""``POST /v1/neighbors``: what datastores would retrieve after a context, in the text that it comes from."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from knnlm_core.datastore.documents import Document, EntryLocation
-from knnlm_core.datastore.reader import Datastore
-from knnlm_core.errors import InvalidParameter, KnnlmError, PromptTooLong
+from knnlm_core.datastore.entries import Entries
+from knnlm_core.errors import DatastoreNotFound, InvalidParameter, PromptTooLong
 from knnlm_core.knn.gates import Gate
 from knnlm_core.lm.tokenizer import Tokenizer
-from knnlm_core.mixture import Retrieval
+from knnlm_core.retrieval import Retrieval
 from knnlm_server.api.disconnect import until_disconnect
-from knnlm_server.api.engine_call import EngineCall
+from knnlm_server.api.engine_work import run_to_end
 from knnlm_server.api.json_route import JsonRoute
 from knnlm_server.api.schemas.common import TokenIds
 from knnlm_server.api.schemas.neighbors import RESPONSES, NeighborsBody
@@ -32,7 +32,11 @@ router = APIRouter(route_class=JsonRoute, dependencies=[KeyRequired])
 
 @router.post("/v1/neighbors", summary="Look up neighbours", response_model=None, responses=RESPONSES)
 async def neighbors(body: NeighborsBody, request: Request) -> Response:
-    """Search a datastore after each context: the entries found with their source, and what they say comes next."""
+    """Search after each context: the entries found with their source, and what they say comes next.
+
+    Several datastores are searched each; their entries come in one list, ordered by distance where `knn.mixture` is
+    neighbors and by weight where each datastore has a λ of its own.
+    """
     state = service(request)
     body.log_unknown()
     body.check()
@@ -53,7 +57,7 @@ async def _answer(
     contexts = await asyncio.get_running_loop().run_in_executor(backend.threads.reading, _read_contexts, backend, body)
     retrieval = replace(selection.retrieval, gate=Gate.ALWAYS)
     found = await _find(backend, lease, _Plan(request.state.request_id, contexts, retrieval, body.limit))
-    results = await lease.in_thread(_render, backend.tokenizer, lease.datastore, found, body.context_chars)
+    results = await lease.in_thread(_render, backend.tokenizer, selection.stores, found, body.context_chars)
     return {
         "object": "neighbors",
         "model": selection.model,
@@ -95,22 +99,16 @@ class _Plan(NamedTuple):
 
 
 async def _find(backend: Backend, lease: SharedLease, plan: _Plan) -> list[ContextNeighbors]:
-    ended: asyncio.Future[KnnlmError | None] = asyncio.get_running_loop().create_future()
-    call = EngineCall(backend.engine, lease, lambda error: None if ended.done() else ended.set_result(error))
     found: list[ContextNeighbors] = []
-    call.submit(
-        NeighborsRequest(
+    await run_to_end(
+        backend.engine,
+        lease,
+        lambda call: NeighborsRequest(
             *plan,
             on_context=lambda _, neighbors: call.report(found.append, neighbors),
             on_end=call.end,
-        )
+        ),
     )
-    try:
-        error = await ended
-    finally:
-        call.abort()
-    if error is not None:
-        raise error
     return found
 
 
@@ -118,10 +116,13 @@ async def _find(backend: Backend, lease: SharedLease, plan: _Plan) -> list[Conte
 
 
 def _render(
-    tokenizer: Tokenizer, datastore: Datastore, found: Sequence[ContextNeighbors], context_chars: int
+    tokenizer: Tokenizer, stores: Sequence[Entries], found: Sequence[ContextNeighbors], context_chars: int
 ) -> list[dict[str, Any]]:
-    entry_ids = sorted({entry_id for context in found for entry_id in context.nearest.entry_ids.tolist()})
-    sources = _sources(datastore, entry_ids, context_chars)
+    sources: dict[tuple[int, int], dict[str, Any]] = {}
+    for number, store in enumerate(stores):
+        ids = {i for context in found for i in context.nearest.entry_ids[context.nearest.sources == number].tolist()}
+        for entry_id, source in _sources(store, sorted(ids), context_chars).items():
+            sources[number, entry_id] = {"datastore": store.name, **source}
     return [
         {
             "neighbors": [
@@ -131,11 +132,12 @@ def _render(
                     "weight": weight,
                     "token_id": value,
                     "token": tokenizer.token_text(value),
-                    **sources[entry_id],
+                    **sources[number, entry_id],
                 }
-                for entry_id, distance, value, weight in zip(
+                for number, entry_id, distance, value, weight in zip(
                     *(column.tolist() for column in context.nearest), strict=True
                 )
+                if (number, entry_id) in sources  # its document may have been deleted meanwhile
             ],
             "next_tokens": _next_tokens(tokenizer, context.next_tokens),
         }
@@ -143,13 +145,18 @@ def _render(
     ]
 
 
-def _sources(datastore: Datastore, entry_ids: Sequence[int], context_chars: int) -> dict[int, dict[str, Any]]:
+def _sources(datastore: Entries, entry_ids: Sequence[int], context_chars: int) -> dict[int, dict[str, Any]]:
     """Where entries, in order, stand, and the text around them; each document is read once."""
     sources: dict[int, dict[str, Any]] = {}
     document: Document | None = None
     for place in datastore.locate(entry_ids):
+        if place is None:
+            continue
         if document is None or document.id != place.document_id:
-            document = datastore.document(place.document_id)
+            try:
+                document = datastore.document(place.document_id)
+            except DatastoreNotFound:  # deleted since the line above
+                continue
         sources[place.entry_id] = _source(place, document.text, context_chars)
     return sources
 

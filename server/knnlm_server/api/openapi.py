@@ -24,6 +24,7 @@ from knnlm_server.api.openapi_errors import (
 )
 from knnlm_server.api.schemas.chat_answers import ChatChunk
 from knnlm_server.api.schemas.completions import CompletionChunk
+from knnlm_server.api.schemas.datastores import DatastoreProgress
 from knnlm_server.api.schemas.errors import ErrorBody
 from knnlm_server.api.schemas.events import SCHEMAS
 from knnlm_server.api.schemas.score import ScoreProgressLine, ScoreResultLine, ScoreTotalLine
@@ -33,7 +34,15 @@ from knnlm_server.settings import ServerSettings
 Json = dict[str, Any]
 
 # FastAPI collects the models of whole answers alone.
-_NOT_BY_ROUTES = (ErrorBody, CompletionChunk, ChatChunk, ScoreProgressLine, ScoreResultLine, ScoreTotalLine)
+_NOT_BY_ROUTES = (
+    ErrorBody,
+    CompletionChunk,
+    ChatChunk,
+    ScoreProgressLine,
+    ScoreResultLine,
+    ScoreTotalLine,
+    DatastoreProgress,
+)
 _NEVER_SENT = ("HTTPValidationError", "ValidationError")
 _LIMITS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 

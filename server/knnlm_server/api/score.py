@@ -13,6 +13,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from knnlm_core.errors import KnnlmError
+from knnlm_server.api.attribution_rendering import check_attributed
 from knnlm_server.api.checkpoint import Checkpoint
 from knnlm_server.api.disconnect import until_disconnect
 from knnlm_server.api.errors import error_body
@@ -20,7 +21,7 @@ from knnlm_server.api.json_route import JsonRoute
 from knnlm_server.api.schemas.score import RESPONSES, ScoreBody
 from knnlm_server.api.score_inputs import check_inputs, read_texts
 from knnlm_server.api.score_job import ScoredText, ScoreJob, ScorePlan
-from knnlm_server.api.score_rendering import ScoreRenderer, progress_line, to_json
+from knnlm_server.api.score_rendering import Reports, ScoreRenderer, progress_line, to_json
 from knnlm_server.api.security import KeyRequired
 from knnlm_server.api.selection import Selection, select
 from knnlm_server.api.shared_lease import SharedLease
@@ -49,7 +50,8 @@ async def score(body: ScoreBody, request: Request) -> Response:
     except BaseException:
         lease.drop()
         raise
-    renderer = ScoreRenderer(backend.tokenizer, selection, per_token=body.per_token, overlap=body.overlap)
+    reports = Reports(body.per_token, body.overlap, body.wants_attribution)
+    renderer = ScoreRenderer(backend.tokenizer, selection, reports)
     if body.stream:
         return stream_response(_lines(job, renderer), "application/x-ndjson", on_close=job.close)
     try:
@@ -66,16 +68,19 @@ async def _begin(
     request: Request, body: ScoreBody, backend: Backend, selection: Selection, lease: SharedLease
 ) -> ScoreJob:
     windows = body.windows(backend.lm.max_length)
-    check_inputs(body, lease.datastore)
+    check_inputs(body, selection.stores)
+    # Documents come from a single one.
+    datastore = selection.stores[0] if selection.stores else None
     checkpoint = Checkpoint()
     try:
-        reading = lease.in_thread(
-            read_texts, backend, body, lease.datastore, checkpoint, executor=backend.threads.reading
-        )
+        reading = lease.in_thread(read_texts, backend, body, datastore, checkpoint, executor=backend.threads.reading)
         texts = await until_disconnect(request, reading)
     finally:
         checkpoint.close()
-    return ScoreJob(backend, selection, lease, ScorePlan(texts, windows, body.overlap, request.state.request_id))
+    if body.wants_attribution:
+        check_attributed(sum(text.num_scored for text in texts), selection.retrieval)
+    plan = ScorePlan(texts, windows, body.overlap, body.wants_attribution, request.state.request_id)
+    return ScoreJob(backend, selection, lease, plan)
 
 
 async def _collect(job: ScoreJob) -> list[ScoredText]:

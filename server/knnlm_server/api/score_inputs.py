@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from knnlm_core.datastore.reader import Datastore
-from knnlm_core.errors import DatastoreNotFound, InvalidParameter
+from knnlm_core.datastore.entries import Entries
+from knnlm_core.errors import DocumentNotFound, InvalidParameter
 from knnlm_core.lm.tokenizer import Encoding, Tokenizer
 from knnlm_core.types import EntryRange
 from knnlm_server.api.schemas.common import TokenIds
@@ -42,29 +42,31 @@ class TextToScore:
         return max(0, len(self.token_ids) - 1)
 
 
-def check_inputs(body: ScoreBody, datastore: Datastore | None) -> None:
-    """Raises InvalidParameter: too few or too many texts, or something that needs a datastore has none."""
+def check_inputs(body: ScoreBody, datastores: Sequence[Entries]) -> None:
+    """Raises InvalidParameter: too few or too many texts, or something that needs one datastore has none or several."""
     inputs = body.inputs()
     if not 1 <= len(inputs) <= MAX_TEXTS:
         raise InvalidParameter(f"`input` must hold 1 … {MAX_TEXTS} texts, got {len(inputs)}", param="input")
-    if datastore is not None:
+    if len(datastores) == 1:
         return
+    needed = "exactly one datastore" if datastores else "a datastore"
+    given = len(datastores) or "none"
     for needs_one, param, name in (
         (isinstance(inputs[0], DocumentInput), "input", "a document in `input`"),
         (body.overlap, "overlap", "`overlap`"),
     ):
         if needs_one:
-            raise InvalidParameter(f"{name} needs a datastore, and this request names none", param=param)
+            raise InvalidParameter(f"{name} needs {needed}, and this request names {given}", param=param)
 
 
 def read_texts(
-    backend: Backend, body: ScoreBody, datastore: Datastore | None, checkpoint: Callable[[], None]
+    backend: Backend, body: ScoreBody, datastore: Entries | None, checkpoint: Callable[[], None]
 ) -> list[TextToScore]:
     """Tokenise what the body holds; takes seconds for many long texts. A document given twice is read once.
 
     Args:     checkpoint: called before each text; what it raises ends the reading.
     Raises:   InvalidParameter: a token id beyond the vocabulary, or too many tokens in all.
-              DatastoreNotFound: no such document.
+              DocumentNotFound: no such document.
     """
     inputs = body.inputs()
     ids = dict.fromkeys(given.document_id for given in inputs if isinstance(given, DocumentInput))
@@ -96,12 +98,12 @@ def read_texts(
     return texts
 
 
-def _own_entries(document_id: str, datastore: Datastore | None) -> EntryRange:
+def _own_entries(document_id: str, datastore: Entries | None) -> EntryRange:
     assert datastore is not None
     try:
         return datastore.document_entries(document_id)
-    except DatastoreNotFound as error:
-        raise DatastoreNotFound(f"`input`: {error.message}", param="input") from None
+    except DocumentNotFound as error:
+        raise DocumentNotFound(f"`input`: {error.message}", param="input") from None
 
 
 def _read(backend: Backend, given: str | TokenIds, *, with_starts: bool) -> TextToScore:

@@ -31,12 +31,14 @@ class ScorePlan:
     """What to score.
 
     Attributes:
-        overlap: also look for the longest match of each token in the datastore.
+        overlap: also look for the longest match of each token in the datastore, of which there must be one.
+        attribution: also find out which entries the tokens' probabilities came from.
     """
 
     texts: Sequence[TextToScore]
     windows: WindowSizes
     overlap: bool
+    attribution: bool
     request_id: str
 
 
@@ -82,6 +84,7 @@ class ScoreJob:
             on_text=lambda position, scores: self._call.report(self._take, self._scored[position], scores),
             on_end=self._call.end,
             own=[plan.texts[index].own for index in self._scored],
+            attribute=plan.attribution,
         )
         self._ready: deque[tuple[int, TokenScores]] = deque()
         self._matches: list[NDArray[np.uint8]] | None = None
@@ -117,13 +120,13 @@ class ScoreJob:
     def _longest_matches(self) -> list[NDArray[np.uint8]]:
         """On a thread; ends early once the job is closed."""
         texts, retrieval = self.plan.texts, self.selection.retrieval
-        assert self._lease.datastore is not None
         assert retrieval is not None
+        (datastore,) = self.selection.stores
         self._checkpoint()  # the client may have left while this waited for its turn
         return longest_matches(
-            self._lease.datastore,
+            datastore,
             [text.token_ids for text in texts],
-            exclude=retrieval.exclude,
+            exclude=retrieval.only.exclude,
             own=[text.own for text in texts],
             checkpoint=self._checkpoint,
         )

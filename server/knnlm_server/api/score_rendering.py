@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from knnlm_core.lm.tokenizer import Tokenizer
-from knnlm_core.mixture import Retrieval
+from knnlm_core.retrieval import Retrieval
 from knnlm_core.scores import buckets, loss, no_overlap, overlap_sums, total_nll
+from knnlm_server.api.attribution_rendering import AnswerAttribution
 from knnlm_server.api.trace_rendering import json_log_prob
 from knnlm_server.engine.scoring import TokenScores
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:  # for scoring offline these would be a web framework too many
     from knnlm_server.api.score_job import Progress, ScoredText
     from knnlm_server.api.selection import Selection
 
-_TOKENS_PER_PIECE = 4096
+_TOKENS_PER_PIECE, _ATTRIBUTED_PER_PIECE = 4096, 32
 
 
 @dataclass(slots=True)
@@ -52,19 +53,31 @@ class _Sums:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
+class Reports(NamedTuple):
+    """What a score reports besides sums.
+
+    Attributes:
+        per_token: every token.
+        overlap: the tokens by longest match.
+        attribution: which documents the tokens' probabilities came from.
+    """
+
+    per_token: bool
+    overlap: bool
+    attribution: bool
+
+
 class ScoreRenderer:
     """Renders the results of one request, in any order, and then their total.
 
     Args:
-        per_token: report every token.
-        overlap: report the tokens by longest match.
+        reports: what to report besides sums.
     """
 
-    def __init__(self, tokenizer: Tokenizer, selection: Selection, *, per_token: bool, overlap: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, selection: Selection, reports: Reports) -> None:
         self._selection = selection
         self._tokens = TokenRenderer(tokenizer, selection.retrieval)
-        self._per_token = per_token
-        self._overlap = overlap
+        self._per_token, self._overlap, self._attribution = reports
         self._sums: dict[int, _Sums] = {}
 
     @property
@@ -79,15 +92,26 @@ class ScoreRenderer:
         if text.document_id is not None:
             result["document_id"] = text.document_id
         result |= self._measures(sums)
-        if not self._per_token:
-            yield to_json(result)
-            return
-        yield to_json(result)[:-1] + ',"per_token":['
-        for first in range(0, sums.tokens, _TOKENS_PER_PIECE):
-            rows = slice(first, first + _TOKENS_PER_PIECE)
-            entries = self._tokens.entries(text, scored.scores, scored.longest_match, rows)
-            yield ("," if first else "") + ",".join(map(to_json, entries))
-        yield "]}"
+        yield to_json(result)[:-1]
+        attributions = scored.scores.attribution
+        answer = AnswerAttribution(self._selection.stores)
+        if self._per_token:
+            yield ',"per_token":['
+            shares = answer.tokens(attributions) if attributions is not None else None
+            # The documents behind a token can take a thousand times as much room as the token.
+            step = _TOKENS_PER_PIECE if shares is None else _ATTRIBUTED_PER_PIECE
+            for first in range(0, sums.tokens, step):
+                rows = slice(first, first + step)
+                entries = self._tokens.entries(text, scored.scores, scored.longest_match, rows)
+                if shares is not None:
+                    entries = ({**entry, "attribution": next(shares)} for entry in entries)
+                yield ("," if first else "") + ",".join(map(to_json, entries))
+            yield "]"
+        elif attributions is not None:
+            answer.add(attributions)
+        if self._attribution:
+            yield f',"attribution":{to_json(answer.whole())}'
+        yield "}"
 
     def total(self) -> dict[str, Any]:
         """Sums over all texts rendered so far, in the order of the input: the same whichever was done first."""
@@ -114,7 +138,6 @@ class TokenRenderer:
 
     def __init__(self, tokenizer: Tokenizer, retrieval: Retrieval | None) -> None:
         self._tokenizer = tokenizer
-        # As it was given: float32 would show 0.4 as 0.4000000059604645.
         self._lmbda = retrieval.lmbda if retrieval is not None else 0.0
         self._decision = retrieval.gate.value if retrieval is not None else "base"
 
@@ -127,6 +150,7 @@ class TokenRenderer:
         )
         starts = text.starts[1:][rows].tolist() if text.starts is not None else None
         matches = longest_match[rows].tolist() if longest_match is not None else None
+        full = float(np.float32(self._lmbda))
         for i, token_id in enumerate(ids):
             entry = {
                 "id": token_id,
@@ -134,7 +158,8 @@ class TokenRenderer:
                 "offset": None if starts is None else starts[i],
                 "base": json_log_prob(base[i]),
                 "mixed": json_log_prob(mixed[i]),
-                "lambda": self._lmbda if lmbda[i] > 0 else 0.0,
+                # As it was given, where every datastore found something: float32 would show 0.4 as 0.4000000059604645.
+                "lambda": self._lmbda if lmbda[i] == full else lmbda[i],
                 "decision": self._decision,
             }
             if matches is not None:

@@ -1,94 +1,148 @@
-"""Which model and datastore a request means, and how it retrieves: its own wishes over the store's calibration."""
+"""Which model and datastores a request means, and how it retrieves: its own wishes over the stores' calibrations."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from knnlm_core.datastore.entries import Entries
 from knnlm_core.datastore.exclusion import merge_ranges
-from knnlm_core.errors import InvalidParameter, ModelNotFound
-from knnlm_core.knn.gates import parse_gate
-from knnlm_core.mixture import Retrieval
-from knnlm_server.api.schemas.common import MAX_EXCLUDED_DOCUMENTS, KnnBody
+from knnlm_core.errors import DocumentNotFound, InvalidParameter, ModelNotFound
+from knnlm_core.knn.gates import Gate, parse_gate
+from knnlm_core.retrieval import MAX_SOURCES, Retrieval, Source
+from knnlm_core.types import EntryRange
+from knnlm_server.api.schemas.common import MAX_EXCLUDED_DOCUMENTS, KnnBody, WeightedDatastore
 from knnlm_server.api.state import Backend, Service
-from knnlm_server.registry.registry import Lease
+from knnlm_server.registry.generation import Lease
 
 SEPARATOR = "@"
+STORE_SEPARATOR = "+"  # no name of a datastore can hold it
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What a request uses; whoever selects releases the lease."""
+    """What a request uses; whoever selects releases the leases.
 
-    model: str  # as answers name it
-    lease: Lease | None
+    Attributes:
+        model: as answers name it.
+        leases: one per datastore, in the order of the retrieval's sources.
+        weighs_by_prompt: the retrieval's weights are only provisional: the prompt decides.
+    """
+
+    model: str
+    leases: tuple[Lease, ...]
     retrieval: Retrieval | None
     system_fingerprint: str
+    weighs_by_prompt: bool = False
+
+    @property
+    def stores(self) -> tuple[Entries, ...]:
+        """The datastores, in the order of the retrieval's sources."""
+        return tuple(lease.datastore for lease in self.leases)
 
     def release(self) -> None:
-        """Give the lease back, if there is one."""
-        if self.lease is not None:
-            self.lease.release()
+        """Give the leases back, if there are any."""
+        for lease in self.leases:
+            lease.release()
 
 
 def select(
-    service: Service, model: str | None, knn: KnnBody | None, exclude_documents: Sequence[str] | None = None
+    service: Service,
+    model: str | None,
+    knn: KnnBody | None,
+    exclude_documents: Sequence[str] | None = None,
+    *,
+    has_prompt: bool = False,
 ) -> Selection:
-    """Resolve ``model`` and ``knn`` to a leased datastore and its parameters.
+    """Resolve ``model`` and ``knn`` to leased datastores and their parameters.
 
+    Args:
+        has_prompt: whether there is one that can decide the weights of datastores.
     Raises:
         ModelNotFound: the LM's name is not the one served.
-        DatastoreNotFound: the datastore is not loaded, or holds no document of an excluded id.
-        InvalidParameter: ``model`` and ``knn.datastore`` disagree, retrieval fields without a datastore, or too many
-            documents are excluded.
+        DatastoreNotFound: a datastore is not loaded.
+        DocumentNotFound: no datastore holds a document of an excluded id.
+        InvalidParameter: ``model`` and ``knn.datastore`` disagree, a datastore is named twice, retrieval fields without
+            a datastore, or too many documents are excluded.
         InvalidKnnParams, UnsupportedFeature: a field of ``knn`` is out of bounds or not offered.
     """
     backend = service.require()
-    if knn is not None:
-        knn.refuse_unsupported()
+    knn = knn if knn is not None else KnnBody()
+    knn.refuse_unsupported()
+    knn.check_mixture()
+    if knn.weighs_by_prompt and not has_prompt:
+        raise InvalidParameter("`knn.weights` must be given here, where there is no prompt", param="knn.weights")
     excluded = _distinct(exclude_documents or ())
-    name = _datastore_name(backend, model, knn, service.settings.default_datastore)
+    stores = _stores(backend, model, knn)
     fingerprint = backend.lm.identity.model_fingerprint
-    if name is None:
+    if not stores:
         _refuse_retrieval_fields(knn, excluded)
-        return Selection(backend.model_name, None, None, fingerprint)
-    lease = backend.registry.lease(name)
+        return Selection(backend.model_name, (), None, fingerprint)
+    leases: list[Lease] = []
     try:
-        retrieval = _retrieval(lease, knn or KnnBody(), excluded)
+        for store in stores:
+            leases.append(backend.registry.lease(store.name))
+        names = [lease.datastore.name for lease in leases]
+        _refuse_twice(names, stores)
+        retrieval = _retrieval(leases, stores, knn, excluded)
     except BaseException:
-        lease.release()
+        for lease in leases:
+            lease.release()
         raise
-    full_name = f"{backend.model_name}{SEPARATOR}{name}"
-    return Selection(full_name, lease, retrieval, f"{fingerprint}-{lease.label}")
+    return Selection(
+        model=f"{backend.model_name}{SEPARATOR}{STORE_SEPARATOR.join(names)}",
+        leases=tuple(leases),
+        retrieval=retrieval,
+        system_fingerprint=f"{fingerprint}-{STORE_SEPARATOR.join(lease.label for lease in leases)}",
+        weighs_by_prompt=knn.weighs_by_prompt and len(leases) > 1,
+    )
 
 
 def check_model(backend: Backend, model: str | None) -> None:
     """For routes that need the LM alone. Raises ModelNotFound, DatastoreNotFound: ``model`` is not served."""
-    if name := _datastore_in_model(backend, model):
+    for name in _datastores_in_model(backend, model):
         backend.registry.status(name)
 
 
-def _datastore_in_model(backend: Backend, model: str | None) -> str:
-    lm, separator, datastore = (model or backend.model_name).partition(SEPARATOR)
+def _datastores_in_model(backend: Backend, model: str | None) -> list[str]:
+    lm, separator, datastores = (model or backend.model_name).partition(SEPARATOR)
     if lm != backend.model_name:
         raise ModelNotFound(f"model {lm!r} is not served here; served: {backend.model_name!r}", param="model")
-    if separator and not datastore:
+    names = datastores.split(STORE_SEPARATOR) if separator else []
+    if not all(names):
         raise ModelNotFound(f"model {model!r} names no datastore after {SEPARATOR!r}", param="model")
-    return datastore
+    if len(names) > MAX_SOURCES:
+        raise InvalidParameter(f"`model` must name at most {MAX_SOURCES} datastores, got {len(names)}", param="model")
+    return names
 
 
-def _datastore_name(backend: Backend, model: str | None, knn: KnnBody | None, default: str | None) -> str | None:
-    by_model = _datastore_in_model(backend, model)
-    by_knn = knn.datastore if knn is not None else None
-    assert by_knn is None or isinstance(by_knn, str)
-    if by_knn == "":
-        raise InvalidParameter("`knn.datastore` must be the name of a loaded datastore, got ''", param="knn.datastore")
-    if by_model and by_knn and by_model != by_knn:
+def _stores(backend: Backend, model: str | None, knn: KnnBody) -> list[WeightedDatastore]:
+    """What ``model`` and ``knn.datastore`` name, the server's default if neither does."""
+    by_model = _datastores_in_model(backend, model)
+    resolve = backend.registry.resolve
+    if by_model and knn.stores and sorted(map(resolve, by_model)) != sorted(resolve(s.name) for s in knn.stores):
         raise InvalidParameter(
-            f"`model` names datastore {by_model!r} but `knn.datastore` names {by_knn!r}; they must agree",
+            f"`model` names datastore {_quoted(by_model)} but `knn.datastore` names "
+            f"{_quoted(store.name for store in knn.stores)}; they must agree",
             param="knn.datastore",
         )
-    return by_model or by_knn or default
+    default = backend.registry.serving.default
+    names = by_model or ([default] if default is not None else [])
+    return knn.stores or [WeightedDatastore(name=name) for name in names]
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return repr(STORE_SEPARATOR.join(names))
+
+
+def _refuse_twice(names: Sequence[str], given: Sequence[WeightedDatastore]) -> None:
+    for index, name in enumerate(names):
+        if (first := names.index(name)) < index:
+            raise InvalidParameter(
+                f"`knn.datastore` must name different datastores, got {name!r} as {given[first].name!r} "
+                f"and as {given[index].name!r}",
+                param="knn.datastore",
+            )
 
 
 def _distinct(exclude_documents: Sequence[str]) -> Sequence[str]:
@@ -100,9 +154,9 @@ def _distinct(exclude_documents: Sequence[str]) -> Sequence[str]:
     return list(dict.fromkeys(exclude_documents))
 
 
-def _refuse_retrieval_fields(knn: KnnBody | None, exclude_documents: Sequence[str]) -> None:
-    """Fields that could have no effect are refused, not ignored; a trace makes sense without a store too."""
-    given = [name for name, value in knn or () if value is not None and name not in ("trace", "datastore")]
+def _refuse_retrieval_fields(knn: KnnBody, exclude_documents: Sequence[str]) -> None:
+    """Fields that could have no effect are refused, not ignored; reports make sense without a store too."""
+    given = [name for name, value in knn if value is not None and name not in ("trace", "attribution", "datastore")]
     if given:
         field = f"knn.{min(given).replace('lmbda', 'lambda')}"
         raise InvalidParameter(f"`{field}` needs a datastore, and this request names none", param=field)
@@ -112,8 +166,18 @@ def _refuse_retrieval_fields(knn: KnnBody | None, exclude_documents: Sequence[st
         )
 
 
-def _retrieval(lease: Lease, knn: KnnBody, exclude_documents: Sequence[str]) -> Retrieval:
-    datastore = lease.datastore
+def _retrieval(
+    leases: Sequence[Lease], stores: Sequence[WeightedDatastore], knn: KnnBody, exclude_documents: Sequence[str]
+) -> Retrieval:
+    excluded = _excluded([lease.datastore for lease in leases], exclude_documents)
+    sources = [_source(lease.datastore, knn, ranges) for lease, ranges in zip(leases, excluded, strict=True)]
+    # The only gate that a calibration can ask for is always.
+    retrieval = Retrieval(tuple(sources), parse_gate(Gate.ALWAYS if knn.gate is None else knn.gate), knn.fusion)
+    retrieval.check()
+    return retrieval.with_weights([1.0 if store.weight is None else store.weight for store in stores])
+
+
+def _source(datastore: Entries, knn: KnnBody, exclude: tuple[EntryRange, ...]) -> Source:
     calibration = datastore.calibration
     missing = [
         field
@@ -125,14 +189,25 @@ def _retrieval(lease: Lease, knn: KnnBody, exclude_documents: Sequence[str]) -> 
             f"datastore {datastore.name!r} has no calibration, so `knn.{missing[0]}` must be given",
             param=f"knn.{missing[0]}",
         )
-    exclude = merge_ranges(datastore.document_entries(document_id) for document_id in exclude_documents)
-    retrieval = Retrieval(
+    return Source(
         datastore=datastore,
         k=knn.k if knn.k is not None else calibration.k,  # type: ignore[union-attr]
         knn_temperature=knn.temperature if knn.temperature is not None else calibration.knn_temperature,  # type: ignore[union-attr]
         lmbda=knn.lmbda if knn.lmbda is not None else calibration.lmbda,  # type: ignore[union-attr]
-        gate=parse_gate(knn.gate if knn.gate is not None else calibration.gate if calibration else "always"),
         exclude=exclude,
     )
-    retrieval.check()
-    return retrieval
+
+
+def _excluded(datastores: Sequence[Entries], document_ids: Sequence[str]) -> list[tuple[EntryRange, ...]]:
+    """What each datastore must not find; a document has to be in at least one of them."""
+    ranges: list[list[EntryRange]] = [[] for _ in datastores]
+    for document_id in document_ids:
+        errors = []
+        for datastore, found in zip(datastores, ranges, strict=True):
+            try:
+                found.append(datastore.document_entries(document_id))
+            except DocumentNotFound as error:
+                errors.append(error)
+        if len(errors) == len(datastores):
+            raise errors[0]
+    return [merge_ranges(found) for found in ranges]

@@ -5,25 +5,25 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor
-from typing import Any, TypeVar
-
-from knnlm_core.datastore.reader import Datastore
-from knnlm_server.api.selection import Selection
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 
 
+class Releasable(Protocol):
+    """A lease, or a selection that holds several."""
+
+    def release(self) -> None:
+        """Give it back."""
+        ...
+
+
 class SharedLease:
-    """Gives a selection's lease back when the last holder lets go; the maker is the first. On the event loop only."""
+    """Gives a lease back when the last holder lets go; the maker is the first. On the event loop only."""
 
-    def __init__(self, selection: Selection) -> None:
-        self._selection = selection
+    def __init__(self, lease: Releasable) -> None:
+        self._lease = lease
         self._holders = 1
-
-    @property
-    def datastore(self) -> Datastore | None:
-        """What the lease is for, if there is one."""
-        return self._selection.lease.datastore if self._selection.lease is not None else None
 
     def hold(self) -> None:
         """One holder more."""
@@ -34,7 +34,7 @@ class SharedLease:
         self._holders -= 1
         assert self._holders >= 0, "a lease was dropped twice. This is a bug."
         if not self._holders:
-            self._selection.release()
+            self._lease.release()
 
     async def in_thread(self, function: Callable[..., T], *args: Any, executor: Executor | None = None) -> T:
         """Call a function on a thread that holds the lease until it returns, also where nobody waits any more.

@@ -13,6 +13,7 @@ from knnlm_core.lm.tokenizer import Tokenizer
 from knnlm_server.api.threads import Threads
 from knnlm_server.engine.engine import Engine
 from knnlm_server.registry.registry import Registry
+from knnlm_server.registry.watch import Watcher
 from knnlm_server.settings import ServerSettings
 
 
@@ -25,6 +26,7 @@ class Backend:
     engine: Engine
     registry: Registry
     model_name: str
+    watcher: Watcher | None = None
     threads: Threads = field(default_factory=Threads)
     created: int = field(default_factory=lambda: int(time.time()))  # when it became ready, seconds since 1970
 
@@ -43,6 +45,11 @@ class Service:
         """Raises ShuttingDown: the server was told to stop; whoever is starting it need not go on."""
         if self.closing:
             raise ShuttingDown("the server is shutting down")
+
+    def wait_for_datastore(self, name: str) -> None:
+        """A start has come to this datastore. Raises ShuttingDown: it need not go on."""
+        self.require_open()
+        self.waiting_for = f"datastore {name!r} to load"
 
     def require(self) -> Backend:
         """The backend. Raises NotReady or ShuttingDown with the reason."""

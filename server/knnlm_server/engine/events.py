@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from knnlm_core.errors import KnnlmError
+from knnlm_server.engine.attribution import Attributions
 
 FinishReason = Literal["stop", "length"]
 
@@ -15,10 +16,20 @@ FinishReason = Literal["stop", "length"]
 class TracedNeighbor:
     """One neighbour behind a token."""
 
+    source: int  # which one of the retrieval's
     entry_id: int
     distance: float  # squared L2
     weight: float  # share of p_knn
     token_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class TracedSource:
+    """What one of several datastores had to do with a token: p = (1 − Σ w λ) p_lm + Σ w λ p_knn."""
+
+    weight: float  # of the request; where neighbours are merged, the store's share of their softmax
+    lmbda: float  # 0 where it found nothing
+    p_knn: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +42,9 @@ class TokenTrace:
     p_lm: float
     p_knn: float
     p: float
-    neighbors: Sequence[TracedNeighbor]  # nearest first
+    neighbors: Sequence[TracedNeighbor]  # nearest first; of several datastores, those of the largest weight
+    sources: Sequence[TracedSource] = ()  # one for each of several datastores
+    attribution: Attributions | None = None  # of this one token, where it was asked for
 
 
 TopTokens = Sequence[tuple[int, float]]  # token id and log-probability, most probable first

@@ -12,17 +12,19 @@ import torch
 from numpy.typing import NDArray
 
 from knnlm_core.errors import KnnlmError
-from knnlm_core.knn.distribution import knn_log_probs, neighbor_log_weights
-from knnlm_core.lm.head import LOGIT_ELEMENTS_PER_CHUNK
+from knnlm_core.knn.distribution import token_log_probs
 from knnlm_core.lm.protocol import CausalLM
-from knnlm_core.mixture import Retrieval, find
-from knnlm_core.types import Neighbors
+from knnlm_core.mixture import Found, find
+from knnlm_core.retrieval import Retrieval
+from knnlm_server.engine.step import rows_at_once
+from knnlm_server.engine.tracing import ranked
 from knnlm_server.engine.window_work import Searches
 
 
 class NearestEntries(NamedTuple):
-    """The nearest entries of one context, nearest first."""
+    """The nearest entries of one context, nearest first; of several datastores in the order of `ranked`."""
 
+    sources: NDArray[np.int64]  # (K,) which source of the retrieval
     entry_ids: NDArray[np.int64]  # (K,)
     distances: NDArray[np.float32]  # (K,) squared L2
     values: NDArray[np.int64]  # (K,) token ids
@@ -74,7 +76,7 @@ class NeighborsRequest:
     def run(self, lm: CausalLM, token_budget: int) -> Searches:
         """Search after the next contexts. Raises KnnlmError: the datastore could not be searched."""
         first = self._num_done
-        taken = self._take(token_budget, most=max(1, LOGIT_ELEMENTS_PER_CHUNK // lm.identity.vocab_size))
+        taken = self._take(token_budget, most=rows_at_once(lm, self.retrieval))
         for position, found in enumerate(find_neighbors(lm, taken, self.retrieval, self.limit), start=first):
             self.on_context(position, found)
         self._num_done += len(taken)
@@ -103,24 +105,30 @@ def find_neighbors(
     for error in found.failures.values():
         raise error
     lm_log_probs = torch.log_softmax(lm.logits(rows.hidden), dim=1)  # (B, V)
-    weights = neighbor_log_weights(found.neighbors, found.knn_temperature).exp()  # (B, K)
-    by_token = knn_log_probs(found.neighbors, knn_temperature=found.knn_temperature)
+    by_token = token_log_probs(found.neighbors.values, found.log_weights)
     log_probs, at = by_token.log_probs.topk(min(limit, by_token.log_probs.shape[1]), dim=1)
     token_ids = by_token.token_ids.gather(1, at)  # (B, U)
     p_lm = lm_log_probs.gather(1, token_ids).double().exp().cpu().numpy()
     p_knn = log_probs.double().exp().cpu().numpy()
-    p = retrieval.lmbda * p_knn + (1 - retrieval.lmbda) * p_lm
-    columns = (token_ids.cpu().numpy(), p_knn, p_lm, p)
+    lmbda = _applied(retrieval, found)[:, None]
+    columns = (token_ids.cpu().numpy(), p_knn, p_lm, lmbda * p_knn + (1 - lmbda) * p_lm)
+    nearest = _nearest(found, ranked(found, retrieval.fusion)[:, :limit])
     return [
-        ContextNeighbors(
-            _nearest(found.neighbors, weights, row, limit),
-            NextTokens(*(column[row][p_knn[row] > 0] for column in columns)),
-        )
+        ContextNeighbors(nearest[row], NextTokens(*(column[row][p_knn[row] > 0] for column in columns)))
         for row in range(len(contexts))
     ]
 
 
-def _nearest(neighbors: Neighbors, weights: torch.Tensor, row: int, limit: int) -> NearestEntries:
-    columns = [column[row, :limit].cpu().numpy() for column in (*neighbors, weights)]
-    present = columns[0] >= 0
-    return NearestEntries(*(column[present] for column in columns))
+def _applied(retrieval: Retrieval, found: Found) -> NDArray[np.float64]:
+    """λ of each row (B,), as given where every source has found something."""
+    lmbda = found.lmbda.cpu().numpy()
+    return np.where(lmbda == np.float32(retrieval.lmbda), retrieval.lmbda, lmbda.astype(np.float64))
+
+
+def _nearest(found: Found, order: torch.Tensor) -> list[NearestEntries]:
+    """The neighbours of each row in some order (B, L); missing ones are left out."""
+    sources = found.sources.expand(found.log_weights.shape)
+    weights = found.log_weights.exp()
+    columns = [c.gather(1, order).cpu().numpy() for c in (sources, *found.neighbors, weights)]
+    present = columns[1] >= 0
+    return [NearestEntries(*(column[row][present[row]] for column in columns)) for row in range(len(order))]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from knnlm_core.lm.protocol import SequenceId
-from knnlm_core.mixture import Retrieval
+from knnlm_core.retrieval import Retrieval
 from knnlm_server.engine.detokenizer import IncrementalDetokenizer
 from knnlm_server.engine.events import Event, FinishReason, RetrievalCounts
 from knnlm_server.engine.sampling_params import SamplingParams
@@ -63,6 +63,7 @@ class CompletionRequest:
         on_end: called exactly once when the request leaves the engine, however it leaves: gives the lease back.
         seed: of the sampling noise; given by the caller or drawn at admission.
         trace_neighbors: neighbours reported per token; 0 for no trace.
+        attribute: report with the trace which entries each token's probability came from.
         prompt_logprobs: alternatives to report with each prompt token; None does not score the prompt.
         num_cached: prompt tokens that the prefix cache spared.
     """
@@ -76,6 +77,7 @@ class CompletionRequest:
     emit: Callable[[Event], None]
     on_end: Callable[[], None]
     trace_neighbors: int = 0
+    attribute: bool = False
     prompt_logprobs: int | None = None
     has_begun: bool = False
     num_prefilled: int = 0

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -16,14 +16,15 @@ from knnlm_core.datastore.exclusion import merge_ranges
 from knnlm_core.errors import KnnlmError
 from knnlm_core.lm.head import log_probs_of_targets
 from knnlm_core.lm.protocol import CausalLM
-from knnlm_core.mixture import Retrieval, mix_targets
+from knnlm_core.mixture import mix_targets
+from knnlm_core.retrieval import NEIGHBORS_AT_ONCE, Retrieval
 from knnlm_core.types import EntryRange
-from knnlm_core.windows import Window, rolling_windows
+from knnlm_server.engine.attribution import Attributions, attribute, join
+from knnlm_server.engine.window_queue import WindowOfText, WindowQueue
 from knnlm_server.engine.window_work import Searches
 
 # Many rows at once are searched much faster than few: they wait for each other, up to this many.
 ROWS_AT_ONCE = 8192
-NEIGHBORS_AT_ONCE = 1 << 23  # bounds the memory of a search, 20 bytes each
 
 TokenIds = Sequence[int] | NDArray[np.int32]
 
@@ -35,6 +36,12 @@ class TokenScores(NamedTuple):
     mixed: NDArray[np.float32]
     lmbda: NDArray[np.float32]
     searched: NDArray[np.bool_]
+    attribution: Attributions | None = None  # where it was asked for
+
+    @property
+    def columns(self) -> tuple[NDArray[Any], ...]:
+        """One row per token each."""
+        return self.base, self.mixed, self.lmbda, self.searched
 
 
 def no_scores(count: int = 0) -> TokenScores:
@@ -49,13 +56,19 @@ class _TextInWork:
     retrieval: Retrieval | None
     scores: TokenScores
     targets_left: int
+    attributions: list[Attributions] = field(default_factory=list)
 
+    def put(self, into: slice, scores: TokenScores) -> None:
+        """Fill in some tokens, those after the ones before."""
+        for whole, part in zip(self.scores.columns, scores.columns, strict=True):
+            whole[into] = part
+        if scores.attribution is not None:
+            self.attributions.append(scores.attribution)
+        self.targets_left -= into.stop - into.start
 
-class WindowOfText(NamedTuple):
-    """One window and the text that it belongs to."""
-
-    text: int
-    window: Window
+    def finished(self) -> TokenScores:
+        """All of them."""
+        return self.scores._replace(attribution=join(self.attributions)) if self.attributions else self.scores
 
 
 class _Encoded(NamedTuple):
@@ -76,7 +89,9 @@ class ScoreRequest:
         window, stride: in tokens, see `rolling_windows`.
         on_text: called on the engine's thread when a text is done, in the order of completion.
         on_end: called exactly once when the request leaves the engine: with None, or with why it failed.
-        own: per text, entries that only this text must not find, such as those that it made itself.
+        own: per text, entries that only this text must not find, such as those that it made itself; for a retrieval
+            from one datastore.
+        attribute: also say which entries each token's probability came from.
         tokens_done: seen by the LM so far; any thread may look.
     """
 
@@ -88,37 +103,28 @@ class ScoreRequest:
     on_text: Callable[[int, TokenScores], None]
     on_end: Callable[[KnnlmError | None], None]
     own: Sequence[EntryRange | None] | None = None
+    attribute: bool = False
     submitted_s: float = field(default_factory=time.monotonic)
     kind: ClassVar[str] = "score"  # as metrics call it
     tokens_done: int = field(init=False, default=0)
-    _pending: Iterator[WindowOfText] = field(init=False)
-    _next: WindowOfText | None = field(init=False)
+    _queue: WindowQueue = field(init=False)
     _encoded: list[_Encoded] = field(init=False, default_factory=list)
     _in_work: dict[int, _TextInWork] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._pending = self._windows()
-        self._next = next(self._pending, None)
-
-    def _windows(self) -> Iterator[WindowOfText]:
-        for index, token_ids in enumerate(self.texts):
-            count = len(token_ids)
-            self._in_work[index] = _TextInWork(
-                np.asarray(token_ids, np.int32), self._retrieval_of(index), no_scores(count - 1), count - 1
-            )
-            for window in rolling_windows(count, self.window, self.stride):
-                yield WindowOfText(index, window)
+        self._queue = WindowQueue([len(token_ids) for token_ids in self.texts], self.window, self.stride)
 
     def _retrieval_of(self, index: int) -> Retrieval | None:
         own = self.own[index] if self.own is not None else None
         if self.retrieval is None or own is None:
             return self.retrieval
-        return replace(self.retrieval, exclude=merge_ranges([*self.retrieval.exclude, own]))
+        source = self.retrieval.only
+        return replace(self.retrieval, sources=(replace(source, exclude=merge_ranges([*source.exclude, own])),))
 
     @property
     def is_done(self) -> bool:
         """Whether every window has been scored."""
-        return self._next is None and not self._in_work
+        return self._queue.is_empty and not self._in_work
 
     def run(self, lm: CausalLM, token_budget: int) -> Searches:
         """Encode the next windows, and once many rows have come together, search for all of them and report.
@@ -127,18 +133,16 @@ class ScoreRequest:
         """
         self.encode(lm, self.take(token_budget))
         enough = self.retrieval is None or sum(len(part.targets) for part in self._encoded) >= ROWS_AT_ONCE
-        return self.mix() if enough or self._next is None else Searches(0, 0)
+        return self.mix() if enough or self._queue.is_empty else Searches(0, 0)
 
     def take(self, token_budget: int) -> list[WindowOfText]:
         """The next windows, at least one, of together at most ``token_budget`` padded tokens if possible."""
-        taken: list[WindowOfText] = []
-        widest = 0
-        while self._next is not None:
-            widest = max(widest, self._next.window.end - self._next.window.begin)
-            if taken and widest * (len(taken) + 1) > token_budget:
-                break
-            taken.append(self._next)
-            self._next = next(self._pending, None)
+        taken = self._queue.take(token_budget)
+        for index in {index for index, _ in taken}.difference(self._in_work):
+            count = len(self.texts[index])
+            self._in_work[index] = _TextInWork(
+                np.asarray(self.texts[index], np.int32), self._retrieval_of(index), no_scores(count - 1), count - 1
+            )
         return taken
 
     def encode(self, lm: CausalLM, taken: Sequence[WindowOfText]) -> None:
@@ -158,29 +162,36 @@ class ScoreRequest:
         keys, targets, base = (torch.cat(column) for column in list(zip(*self._encoded, strict=True))[1:])
         self._encoded.clear()
         retrievals = [self._in_work[index].retrieval for index, w in taken for _ in range(w.num_targets)]
-        scores = _mix(keys, targets, base, retrievals)
+        scores = _mix(keys, targets, base, retrievals, self.attribute)
         start = 0
         for index, window in taken:
             work = self._in_work[index]
-            into = slice(window.first_target - 1, window.end - 1)
-            for whole, part in zip(work.scores, scores, strict=True):
-                whole[into] = part[start : start + window.num_targets]
+            work.put(slice(window.first_target - 1, window.end - 1), _part(scores, start, start + window.num_targets))
             start += window.num_targets
-            work.targets_left -= window.num_targets
             if not work.targets_left:
                 del self._in_work[index]
-                self.on_text(index, work.scores)
+                self.on_text(index, work.finished())
         searched = int(scores.searched.sum())
         return Searches(searched, skipped=start - searched if self.retrieval is not None else 0)
 
 
-def _mix(keys: Tensor, targets: Tensor, base: Tensor, retrievals: Sequence[Retrieval | None]) -> TokenScores:
+def _mix(
+    keys: Tensor, targets: Tensor, base: Tensor, retrievals: Sequence[Retrieval | None], attributed: bool
+) -> TokenScores:
     """Scores of known tokens from their rows: (R, D) keys, (R,) targets and their log p_lm, R retrievals."""
-    parts = []
+    parts, attributions = [], []
     step = NEIGHBORS_AT_ONCE // max((retrieval.k for retrieval in retrievals if retrieval is not None), default=1)
     for start in range(0, len(targets), step):
         here = slice(start, start + step)
-        mixed, found = mix_targets(base[here], keys[here], targets[here], retrievals[here])
-        parts.append((mixed, found.lmbda, found.searched))
-    columns = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
-    return TokenScores(base.cpu().numpy(), *columns)
+        log_probs, found = mix_targets(base[here], keys[here], targets[here], retrievals[here])
+        parts.append((log_probs, found.lmbda, found.searched))
+        if attributed:
+            attributions.append(attribute(found, targets[here], base[here]))
+    mixed, lmbda, searched = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+    return TokenScores(base.cpu().numpy(), mixed, lmbda, searched, join(attributions) if attributions else None)
+
+
+def _part(scores: TokenScores, start: int, stop: int) -> TokenScores:
+    base, mixed, lmbda, searched = (column[start:stop] for column in scores.columns)
+    attribution = scores.attribution.part(start, stop) if scores.attribution is not None else None
+    return TokenScores(base, mixed, lmbda, searched, attribution)

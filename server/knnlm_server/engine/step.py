@@ -12,6 +12,7 @@ from knnlm_core.errors import KnnlmError
 from knnlm_core.lm.head import LOGIT_ELEMENTS_PER_CHUNK
 from knnlm_core.lm.protocol import CausalLM, Rows, Span
 from knnlm_core.mixture import MixedRows, mix_rows
+from knnlm_core.retrieval import NEIGHBORS_AT_ONCE, Retrieval
 from knnlm_server.engine.events import PromptEvent, TokenTrace, TopTokens
 from knnlm_server.engine.request import Choice, CompletionRequest
 from knnlm_server.engine.sampler import SampleRow, sample, top_logprobs
@@ -140,8 +141,8 @@ def _plan_rows(lm: CausalLM, batch: Batch) -> _RowPlan:
 
 def _score_prompt(lm: CausalLM, output: Rows, scored: _ScoredRows) -> Iterator[PromptScores | StepFailure]:
     """Score prompt tokens, so many at a time that their whole distributions fit in memory."""
-    size = max(1, LOGIT_ELEMENTS_PER_CHUNK // lm.identity.vocab_size)
     request = scored.request
+    size = rows_at_once(lm, request.retrieval)
     for start in range(0, len(scored.targets), size):
         targets = torch.as_tensor(scored.targets[start : start + size], device=output.keys.device)
         rows = slice(scored.first_row + start, scored.first_row + start + len(targets))
@@ -156,6 +157,12 @@ def _score_prompt(lm: CausalLM, output: Rows, scored: _ScoredRows) -> Iterator[P
             for ids, values in zip(top_ids.tolist(), top_values.tolist(), strict=True)
         ]
         yield PromptScores(request, PromptEvent(chosen.tolist(), tops), int(mixed.found.searched.sum()))
+
+
+def rows_at_once(lm: CausalLM, retrieval: Retrieval | None) -> int:
+    """Rows whose distributions and neighbours fit in memory together."""
+    rows = LOGIT_ELEMENTS_PER_CHUNK // lm.identity.vocab_size
+    return max(1, min(rows, NEIGHBORS_AT_ONCE // retrieval.k) if retrieval is not None else rows)
 
 
 def _next_tokens(

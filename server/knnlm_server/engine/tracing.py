@@ -8,10 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from knnlm_core.knn.distribution import neighbor_log_weights, target_log_probs
+from knnlm_core.knn.distribution import target_log_mass, target_log_probs
+from knnlm_core.knn.fusion import Fusion
 from knnlm_core.mixture import Found
+from knnlm_core.retrieval import Retrieval
 from knnlm_core.types import Neighbors
-from knnlm_server.engine.events import TokenTrace, TracedNeighbor
+from knnlm_server.engine.attribution import attribute
+from knnlm_server.engine.events import TokenTrace, TracedNeighbor, TracedSource
 from knnlm_server.engine.request import Choice, CompletionRequest
 
 
@@ -35,36 +38,94 @@ def trace_rows(
     if not traced:
         return []
     index = torch.tensor(traced, device=of_row.device)
-    source = of_row[index]
-    taken = tokens[index]
-    neighbors = Neighbors(*(part[source] for part in found.neighbors))
-    tau = found.knn_temperature[source]
-    p_knn = target_log_probs(neighbors, taken, knn_temperature=tau).exp().tolist()
-    p_lm = lm_log_probs[source, taken].exp().tolist()
-    weights = neighbor_log_weights(neighbors, tau).exp()
-    searched = found.searched[source].tolist()
-    applied = (found.lmbda[source] > 0).tolist()
+    source, taken = of_row[index], tokens[index]
+    lm_log_probs = lm_log_probs[source, taken]
+    found = rows_of(found, source)
+    p_knn = target_log_mass(found.neighbors.values, found.log_weights, taken).exp().tolist()
+    p_lm = lm_log_probs.exp().tolist()
+    searched = found.searched.tolist()
     traces = []
     for i, row in enumerate(traced):
         request = rows[row][1]
-        shown = min(request.trace_neighbors, neighbors.entry_ids.shape[1])
-        columns = (*neighbors, weights)
-        ids, distances, values, shares = (column[i, :shown].tolist() for column in columns)
-        near = [
-            TracedNeighbor(entry_id, distance, share, value)
-            for entry_id, distance, share, value in zip(ids, distances, shares, values, strict=True)
-            if entry_id >= 0
-        ]
+        itself = slice(i, i + 1)
+        one = rows_of(found, itself)
+        retrieval = request.retrieval
         traces.append(
             TokenTrace(
                 searched=searched[i],
-                decision=request.retrieval.gate.value if request.retrieval else "base",
-                # As it was given: float32 would show 0.4 as 0.4000000059604645.
-                lmbda=request.retrieval.lmbda if request.retrieval and applied[i] else 0.0,
+                decision=retrieval.gate.value if retrieval else "base",
+                lmbda=applied_lmbda(retrieval, one) if retrieval else 0.0,
                 p_lm=p_lm[i],
                 p_knn=p_knn[i],
                 p=math.exp(chosen[row].item()),
-                neighbors=near,
+                neighbors=_nearest(one, retrieval.fusion, request.trace_neighbors) if retrieval else [],
+                sources=_sources(retrieval, one, taken[itself]) if retrieval else (),
+                attribution=attribute(one, taken[itself], lm_log_probs[itself]) if request.attribute else None,
             )
         )
     return traces
+
+
+def rows_of(found: Found, rows: Tensor | slice) -> Found:
+    """What was found for some rows; failures are left out."""
+    return Found(
+        found.searched[rows],
+        found.lmbda[rows],
+        Neighbors(*(column[rows] for column in found.neighbors)),
+        found.log_weights[rows],
+        found.sources,
+        found.shares[rows],
+        failures={},
+    )
+
+
+def applied_lmbda(retrieval: Retrieval, found: Found) -> float:
+    """λ of one row, from the numbers that were given: float32 would show 0.4 as 0.4000000059604645."""
+    if not found.lmbda.item() > 0:
+        return 0.0
+    if retrieval.fusion is Fusion.NEIGHBORS:
+        return retrieval.lmbda
+    shares = found.shares[0].tolist()[: len(retrieval.sources)]  # in company, rows may have room for more sources
+    with_some = (s for s, share in zip(retrieval.sources, shares, strict=True) if share > 0)
+    return math.fsum(source.weight * source.lmbda for source in with_some)
+
+
+def ranked(found: Found, fusion: Fusion) -> Tensor:
+    """Columns of the neighbours of each row, the first one first: (B, W).
+
+    By distance where the neighbours of all sources are merged, which is by weight without its rounding; else by weight.
+    """
+    if found.shares.shape[1] == 1:
+        return torch.arange(len(found.sources), device=found.sources.device).expand(found.log_weights.shape)
+    missing = found.neighbors.entry_ids < 0
+    if fusion is Fusion.NEIGHBORS:
+        return found.neighbors.distances.masked_fill(missing, math.inf).argsort(dim=1, stable=True)
+    by_weight = found.log_weights.argsort(dim=1, descending=True, stable=True)
+    # What carries no mass, such as the neighbours of a store with λ = 0, comes before what is not there at all.
+    return by_weight.gather(1, missing.gather(1, by_weight).int().argsort(dim=1, stable=True))
+
+
+def _nearest(found: Found, fusion: Fusion, count: int) -> list[TracedNeighbor]:
+    """The first neighbours of the one row."""
+    columns = ranked(found, fusion)[0, :count]
+    ids, distances, values = (column[0, columns].tolist() for column in found.neighbors)
+    shares = found.log_weights[0, columns].exp().tolist()
+    rows = zip(found.sources[columns].tolist(), ids, distances, shares, values, strict=True)
+    return [TracedNeighbor(*row) for row in rows if row[1] >= 0]
+
+
+def _sources(retrieval: Retrieval, found: Found, token: Tensor) -> list[TracedSource]:
+    """What each of several datastores had to do with the token (1,) of the one row."""
+    if len(retrieval.sources) == 1:
+        return []
+    traced = []
+    for number, source in enumerate(retrieval.sources):
+        columns = (found.sources == number) & (found.neighbors.entry_ids[0] >= 0)
+        lmbda = p_knn = share = 0.0
+        if bool(columns.any()):
+            itself = Neighbors(*(column[:, columns] for column in found.neighbors))
+            tau = torch.tensor([source.knn_temperature], device=token.device)
+            p_knn = target_log_probs(itself, token, knn_temperature=tau).exp().item()
+            lmbda, share = source.lmbda, found.shares[0, number].item()
+        traced.append(TracedSource(share if retrieval.fusion is Fusion.NEIGHBORS else source.weight, lmbda, p_knn))
+    return traced

@@ -1,15 +1,17 @@
-"""Names → loaded datastores, with leases that pin one version for the life of a request.
+"""Names → loaded datastores, with leases that pin what a request sees for its whole life.
 
-load(name)          opens and checks the new version beside the old one, then retargets the name (generation + 1)
+load(name)          prepares the new version beside the old one, then retargets the name (generation + 1)
 lease(name)         pins what the name means now; released exactly once
-old version         closes when its last lease ends
+change(name)        learns and deletes; what requests that begin then see is replaced
+old generation      closes when its last lease ends
 unload(name)        no new leases; returns when the last one has ended
+
+A name may be an alias everywhere. Files are read with no lock held that a lease would wait for.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,53 +19,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from knnlm_core.datastore.checksums import verify_once
-from knnlm_core.datastore.layout import published_names
-from knnlm_core.datastore.reader import Datastore
-from knnlm_core.errors import DatastoreBusy, DatastoreNotFound
+from knnlm_core.datastore import layout
+from knnlm_core.datastore.living import LivingName
+from knnlm_core.errors import DatastoreNotFound, KnnlmError
 from knnlm_core.types import LMIdentity
+from knnlm_server.registry.budget import Budget
+from knnlm_server.registry.config import RegistryConfig
+from knnlm_server.registry.generation import Lease
+from knnlm_server.registry.progress import Report, Stage, ignore
+from knnlm_server.registry.serving import AS_THEY_ARE, Labels, Serving, check_aliases
+from knnlm_server.registry.swaps import Swaps
+from knnlm_server.registry.table import DatastoreStatus
+from knnlm_server.registry.turns import Turns
+from knnlm_server.telemetry.datastore_metrics import DatastoreMetrics
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(slots=True, eq=False)
-class _Generation:
-    """One loaded version of a name."""
-
-    datastore: Datastore
-    number: int
-    leases: int = 0
-    retired: bool = False
-
-
-class Lease:
-    """The right to use one version of a datastore until `release`."""
-
-    def __init__(self, registry: Registry, generation: _Generation) -> None:
-        self._registry = registry
-        self._generation: _Generation | None = generation
-        self.datastore = generation.datastore
-        self.generation = generation.number
-
-    @property
-    def label(self) -> str:
-        """``name:version:generation.revision``, as answers carry it; nothing can be added yet, so revision is 0."""
-        return f"{self.datastore.name}:{self.datastore.version}:{self.generation}.0"
-
-    def release(self) -> None:
-        """Give the lease back; further calls do nothing."""
-        generation, self._generation = self._generation, None
-        if generation is not None:
-            self._registry._release(generation)
-
-
-class DatastoreStatus(NamedTuple):
-    """What the registry knows of a loaded name."""
-
-    datastore: Datastore
-    generation: int
-    state: str  # "ready" | "draining"
-    leases: int  # of all generations of the name that are still open
+CHANGE_WAIT_S = 30.0  # until it is a change's turn
 
 
 class Loaded(NamedTuple):
@@ -73,169 +45,201 @@ class Loaded(NamedTuple):
     created: bool  # False when the name was loaded before
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What is learned or deleted in a block of `Registry.change`.
+
+    Attributes:
+        living: of the name; what it has changed is shown to new requests at the end of the block.
+        lease: of the generation that served at its beginning.
+    """
+
+    name: str
+    living: LivingName
+    lease: Lease
+    budget: Budget
+
+    def require_room(self, needed: int) -> None:
+        """Raises DatastoreBudget: so many bytes of learned keys would be too many."""
+        self.budget.require(f"learning in datastore {self.name!r}", needed)
+
+
 class Registry:
     """Loaded datastores under one root. Thread-safe.
 
     Args:
         root: folder that holds published datastores by name; None for a server without any.
         identity: of the running LM; a store that does not fit it is refused.
-        verified: folder that remembers which versions' checksums were compared on this machine; a version that it does
-            not know is read in full before it is used. None compares sizes only.
+    Raises: DatastoreCorrupt: the file of state is damaged.
     """
 
-    def __init__(self, root: Path | None, identity: LMIdentity, verified: Path | None = None) -> None:
-        self._root = root
-        self._identity = identity
-        self._verified = verified
-        self._current: dict[str, _Generation] = {}
-        self._open: list[_Generation] = []  # current ones and those that drain
-        self._numbers: dict[str, int] = {}  # survives unload, so that a generation number never means two things
-        self._changing: set[str] = set()
-        self._draining: set[str] = set()
-        self._lock = threading.Lock()
-        self._released = threading.Condition(self._lock)
+    def __init__(self, root: Path | None, identity: LMIdentity, config: RegistryConfig | None = None) -> None:
+        self.root = root
+        self.metrics = DatastoreMetrics()
+        # Without a root nothing is ever loaded.
+        self._swaps = Swaps(root or Path(), identity, config or RegistryConfig())
+        self._table = self._swaps.table
+        self._targets = Turns()  # of loads and unloads
+        self._changes = Turns()  # of what learns and deletes
+
+    # -- what there is -------------------------------------------------------------------------------------------------
 
     def published(self) -> list[str]:
         """Names under the root that have a published version, loaded or not."""
-        return published_names(self._root) if self._root is not None else []
+        return layout.published_names(self.root) if self.root is not None else []
 
     def names(self) -> list[str]:
-        """Loaded names, sorted."""
-        with self._lock:
-            return sorted(self._current)
+        """Loaded names, sorted; no aliases."""
+        return self._table.names()
+
+    @property
+    def serving(self) -> Serving:
+        """Names, aliases and default, loaded or not."""
+        return self._table.serving
+
+    @property
+    def is_persistent(self) -> bool:
+        """Whether a restart finds what is served now."""
+        return self._swaps.state.is_persistent
+
+    @property
+    def budget(self) -> Budget:
+        """Bytes that are used, and how many may be."""
+        return self._swaps.budget
+
+    def resolve(self, name: str) -> str:
+        """The name that a name or alias means; whether it is loaded is another question."""
+        return self.serving.resolve(name)
 
     def status(self, name: str) -> DatastoreStatus:
         """Raises DatastoreNotFound: the name is not loaded."""
-        with self._lock:
-            return self._status(name, self._get(name))
+        return self._table.status(name)
 
     def statuses(self) -> list[DatastoreStatus]:
         """All loaded names, sorted."""
-        with self._lock:
-            return [self._status(name, generation) for name, generation in sorted(self._current.items())]
+        return self._table.statuses()
 
     def lease(self, name: str) -> Lease:
         """Pin what the name means now. Raises DatastoreNotFound: not loaded, or being unloaded."""
-        with self._lock:
-            if name in self._draining:
-                raise DatastoreNotFound(f"datastore {name!r} is being unloaded", param="knn.datastore")
-            generation = self._get(name, param="knn.datastore")
-            generation.leases += 1
-            return Lease(self, generation)
+        return self._table.lease(name, param="knn.datastore")
 
-    def load(self, name: str, version: str | None = None) -> Loaded:
-        """Load a published version, or swap the name to it; a failure leaves the old one serving.
+    # -- what a name means ---------------------------------------------------------------------------------------------
+
+    def load(
+        self, name: str, version: str | None = None, *, labels: Labels = AS_THEY_ARE, report: Report = ignore
+    ) -> Loaded:
+        """Load a published version, or swap the name to it; a failure leaves everything as it was.
 
         Args:
-            version: None for the one that CURRENT names.
+            version: None for the one that CURRENT names; then the name follows it, where a `Watcher` looks.
+            labels: aliases and default, which change with the name.
+            report: gets the load's progress; may raise to end it.
         Raises:
             DatastoreNotFound: no such name or version under the root.
             DatastoreMismatch: built for another LM.
-            DatastoreCorrupt: a file contradicts the manifest.
-            DatastoreBusy: another change of the name is under way.
+            DatastoreCorrupt: a file contradicts the manifest, or the self-test fails.
+            DatastoreBudget: too many bytes.
+            DatastoreBusy: another load or unload of the name is under way.
+            InvalidParameter, DatastoreConflict: an alias cannot be one.
+            ShuttingDown: the registry was closed meanwhile.
         """
-        if self._root is None:
-            raise DatastoreNotFound(f"datastore {name!r} cannot be loaded: the server was started without --datastores")
-        with self._change(name):
-            started = time.monotonic()
-            datastore = Datastore.open(self._root, name, version)
-            try:
-                if self._verified is not None:
-                    verify_once(datastore.folder, datastore.manifest, self._verified)
-                datastore.require_fits(self._identity)
-                datastore.prefetch()
-            except BaseException:
-                datastore.close()
-                raise
-            with self._lock:
-                number = self._numbers.get(name, 0) + 1
-                self._numbers[name] = number
-                old = self._current.get(name)
-                generation = _Generation(datastore, number)
-                self._current[name] = generation
-                self._open.append(generation)
-                if old is not None:
-                    self._retire(old)
-                status = self._status(name, generation)
-            logger.info(
-                "datastore loaded name=%s version=%s generation=%d entries=%d seconds=%.3f",
-                name, datastore.version, number, datastore.entries, time.monotonic() - started,
-            )  # fmt: skip
-            return Loaded(status, created=old is None)
+        name = self._check_name(name)
+        with self._targets.take(name):
+            if labels.aliases is not None:
+                check_aliases(labels.aliases, {*self.serving.names, *self.published(), name})
+            return self._load(name, version, labels, report)
+
+    def roll_back(self, name: str, *, report: Report = ignore) -> Loaded:
+        """Swap a name to the version that served before; it stays there until it is loaded anew.
+
+        Raises:
+            DatastoreNotFound: not loaded, or the version is gone.
+            DatastoreConflict: no other version has served.
+            DatastoreMismatch, DatastoreCorrupt, DatastoreBudget, DatastoreBusy, ShuttingDown: as `load`.
+        """
+        name = self._check_name(name)
+        with self._targets.take(name):
+            return self._load(name, self.serving.previous_of(name), AS_THEY_ARE, report)
 
     def unload(self, name: str, timeout_s: float) -> None:
-        """Take the name away, wait until its leases have ended, close it.
+        """Take the name away, wait until its leases have ended, close it. Its aliases mean it again once it is loaded.
 
         Raises:
             DatastoreNotFound: not loaded.
-            DatastoreBusy: leases remain after ``timeout_s``, or another change is under way; the name serves again.
+            DatastoreBusy: leases remain after ``timeout_s``, or another load or unload is under way; the name serves
+                again.
         """
-        with self._change(name), self._lock:
-            generation = self._get(name)
-            self._draining.add(name)
-            try:
-                deadline = time.monotonic() + timeout_s
-                while leases := self._leases(name):
-                    left = deadline - time.monotonic()
-                    if left <= 0 or not self._released.wait(left):
-                        if not self._leases(name):
-                            break
-                        raise DatastoreBusy(
-                            f"datastore {name!r} still has {leases} leases after {timeout_s:g} s; it stays loaded"
-                        )
-                del self._current[name]
-                self._retire(generation)
-            finally:
-                self._draining.discard(name)
+        name = self.resolve(name)
+        with self._targets.take(name):
+            self._swaps.unload(name, timeout_s)
         logger.info("datastore unloaded name=%s", name)
 
-    def close(self) -> None:
-        """Close everything that no lease holds; the rest closes with its last lease."""
-        with self._lock:
-            for generation in list(self._current.values()):
-                self._retire(generation)
-            self._current.clear()
+    def relabel(self, serving: Serving) -> None:
+        """Replace aliases and default, for a server that starts."""
+        self._swaps.relabel(serving)
 
-    # -- under the lock ------------------------------------------------------------------------------------------------
-
-    def _get(self, name: str, param: str | None = None) -> _Generation:
-        try:
-            return self._current[name]
-        except KeyError:
-            loaded = ", ".join(sorted(self._current)) or "none"
-            raise DatastoreNotFound(f"datastore {name!r} is not loaded; loaded: {loaded}", param=param) from None
-
-    def _leases(self, name: str) -> int:
-        return sum(g.leases for g in self._open if g.datastore.name == name)
-
-    def _status(self, name: str, generation: _Generation) -> DatastoreStatus:
-        state = "draining" if name in self._draining else "ready"
-        return DatastoreStatus(generation.datastore, generation.number, state, self._leases(name))
-
-    def _retire(self, generation: _Generation) -> None:
-        generation.retired = True
-        self._close_if_unused(generation)
-
-    def _close_if_unused(self, generation: _Generation) -> None:
-        if generation.retired and not generation.leases:
-            self._open.remove(generation)
-            generation.datastore.close()
-
-    def _release(self, generation: _Generation) -> None:
-        with self._lock:
-            generation.leases -= 1
-            assert generation.leases >= 0, "lease released twice. This is a bug."
-            self._close_if_unused(generation)
-            self._released.notify_all()
+    # -- what a name has learned ---------------------------------------------------------------------------------------
 
     @contextmanager
-    def _change(self, name: str) -> Iterator[None]:
-        with self._lock:
-            if name in self._changing:
-                raise DatastoreBusy(f"datastore {name!r} is being changed by another request")
-            self._changing.add(name)
+    def change(self, name: str, wait_s: float = CHANGE_WAIT_S) -> Iterator[Change]:
+        """Learn or delete in the block; at its end, however it ends, new requests see what was done.
+
+        Loads and swaps of the name go on meanwhile.
+
+        Raises:
+            DatastoreNotFound: not loaded, or being unloaded.
+            DatastoreBusy: another change still runs after ``wait_s``.
+        """
+        name = self.resolve(name)
+        with self._changes.take(name, wait_s):
+            lease = self._table.lease(name)
+            try:
+                yield Change(name, self._swaps.livings.get(name), lease, self.budget)
+            finally:
+                self._swaps.show(name)
+                lease.release()
+
+    def refresh(self, name: str) -> bool:
+        """Show what another process has learned or deleted; whether there was anything.
+
+        Raises:
+            DatastoreNotFound, DatastoreBusy: as `change`; nobody is waited for.
+            DatastoreCorrupt, DatastoreMismatch: the ledger is damaged; what is served stays as it was.
+        """
+        with self.change(name, wait_s=0.0) as change:
+            return change.living.refresh()
+
+    def close(self) -> None:
+        """Close everything that no lease holds; the rest closes with its last lease. A load under way fails."""
+        self._swaps.close()
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _check_name(self, name: str) -> str:
+        if self.root is None:
+            raise DatastoreNotFound(f"datastore {name!r} cannot be loaded: the server was started without --datastores")
+        return layout.check_name(self.resolve(name))
+
+    def _load(self, name: str, version: str | None, labels: Labels, report: Report) -> Loaded:
+        started = time.monotonic()
         try:
-            yield
-        finally:
-            with self._lock:
-                self._changing.discard(name)
+            status, swapped = self._swaps.load(name, version, labels, self._unless_closing(report))
+        except KnnlmError as error:
+            self.metrics.count_refused(name if name in self.serving.names else "", error.code)
+            raise
+        seconds = time.monotonic() - started
+        self.metrics.count_load(name, seconds, swapped=swapped)
+        datastore = status.datastore
+        logger.info(
+            "datastore loaded name=%s version=%s generation=%d revision=%d entries=%d seconds=%.3f",
+            name, datastore.version, status.generation, datastore.revision, datastore.entries, seconds,
+        )  # fmt: skip
+        report(Stage.SWAP, 1, 1)
+        return Loaded(status, created=not swapped)
+
+    def _unless_closing(self, report: Report) -> Report:
+        def checked(stage: Stage, done: int, total: int) -> None:
+            self._swaps.require_open()
+            report(stage, done, total)
+
+        return checked

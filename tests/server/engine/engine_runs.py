@@ -11,7 +11,7 @@ import torch
 from knnlm_core.errors import KnnlmError
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.tokenizer import Tokenizer
-from knnlm_core.mixture import Retrieval
+from knnlm_core.retrieval import Retrieval
 from knnlm_server.engine.detokenizer import IncrementalDetokenizer
 from knnlm_server.engine.engine import Engine, EngineConfig
 from knnlm_server.engine.events import Event, Failed, TokenEvent

@@ -16,7 +16,7 @@ from live_server import Brake, slowed, wait_until
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.errors import EngineFailure, InvalidParameter, Overloaded, RequestCancelled, ShuttingDown
 from knnlm_core.lm.huggingface import HuggingFaceLM
-from knnlm_core.mixture import Retrieval
+from knnlm_core.retrieval import Retrieval, Source
 from knnlm_server.engine.engine import Engine
 from knnlm_server.engine.events import Finished, TokenEvent
 from knnlm_server.engine.sampling_params import SamplingParams
@@ -188,8 +188,8 @@ def test_choices_of_one_prompt_are_forks_of_one_prefill(running: tuple[Engine, H
 
 
 def test_a_batch_changes_no_result(law: Datastore, lm: HuggingFaceLM) -> None:
-    retrieval = Retrieval(law, k=8, knn_temperature=10.0, lmbda=0.5)
-    bigger = Retrieval(law, k=40, knn_temperature=10.0, lmbda=0.5)
+    retrieval = Retrieval((Source(law, k=8, knn_temperature=10.0, lmbda=0.5),))
+    bigger = Retrieval((Source(law, k=40, knn_temperature=10.0, lmbda=0.5),))
     params = SamplingParams(max_tokens=12, seed=8, ignore_eos=True)
     with running_engine("llama", slots=8, step_tokens=64) as (engine, own):
         assert own.identity.model_fingerprint == lm.identity.model_fingerprint

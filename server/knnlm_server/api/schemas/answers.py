@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
 
 
 class Answer(BaseModel):
@@ -37,10 +40,59 @@ class Usage(Answer):
     knn: RetrievalUsage | None = Field(default=None, description="Only with a datastore.")
 
 
+Share = Annotated[float, Field(ge=0, le=1 + 1e-6)]  # rounding can put a sum a little above 1
+
+
+class SharedDocument(Answer):
+    """A document, and its part of an answer's probability."""
+
+    datastore: str
+    document_id: str
+    title: str | None
+    licence: str | None
+    share: Share
+
+
+class TokenSource(SharedDocument):
+    """A document that stands behind a token."""
+
+    uri: str | None
+    spans: list[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]] = Field(
+        description="Where it has the token: characters of its text, from and to, in order."
+    )
+
+
+class DeletedDocuments(Answer):
+    """What came from documents of a datastore that have been deleted since they were found."""
+
+    datastore: str
+    document_id: None
+    deleted: Literal[True]
+    share: Share
+
+
+class TokenAttribution(Answer):
+    """Where the probability of a token came from: the shares sum to 1."""
+
+    model: Share = Field(description="Of the LM: (1 − λ) p_lm / p.")
+    sources: list[TokenSource | DeletedDocuments] = Field(description="The largest share first.")
+
+
+class AnswerAttribution(Answer):
+    """Where the probabilities of an answer's tokens came from, on average: the shares sum to 1."""
+
+    model: Share
+    documents: list[SharedDocument | DeletedDocuments] = Field(description="The largest share first.")
+    licences: dict[str, Share] = Field(
+        description="Shares of the documents by licence; `unknown` where there is none, or a document was deleted."
+    )
+
+
 class TraceNeighbor(Answer):
     """One neighbour behind a token, and where it stands."""
 
-    entry_id: int = Field(ge=0)
+    datastore: str
+    entry_id: int = Field(ge=0, description="Of the datastore.")
     distance: float = Field(description="Squared L2.")
     weight: float = Field(ge=0, description="Share of p_knn.")
     token: str
@@ -50,6 +102,17 @@ class TraceNeighbor(Answer):
     licence: str | None
     char_start: int = Field(ge=0)
     char_end: int = Field(ge=0)
+
+
+class TracedDatastore(Answer):
+    """What one of several datastores had to do with a token: p = (1 − Σ weight λ) p_lm + Σ weight λ p_knn."""
+
+    name: str
+    weight: float = Field(
+        ge=0, le=1, description="Of the request; with `knn.mixture` neighbors the datastore's share of p_knn."
+    )
+    lmbda: float = Field(alias="lambda", ge=0, le=1, description="0 where the datastore found nothing.")
+    p_knn: float = Field(ge=0)
 
 
 class TokenTraceEntry(Answer):
@@ -63,4 +126,13 @@ class TokenTraceEntry(Answer):
     p_lm: float = Field(ge=0)
     p_knn: float = Field(ge=0)
     p: float = Field(ge=0)
-    neighbors: list[TraceNeighbor] = Field(description="Nearest first.")
+    neighbors: list[TraceNeighbor] = Field(
+        description="Nearest first; of several datastores with a λ each, by weight; without those of documents "
+        "deleted since."
+    )
+    datastores: list[TracedDatastore] | SkipJsonSchema[None] = Field(
+        default=None, description="Only with several datastores."
+    )
+    attribution: TokenAttribution | SkipJsonSchema[None] = Field(
+        default=None, description="Only with `knn.attribution`."
+    )

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 
-from knnlm_server.api.schemas.answers import Answer, TokenTraceEntry, Usage
+from knnlm_server.api.schemas.answers import Answer, AnswerAttribution, TokenTraceEntry, Usage
 from knnlm_server.api.schemas.events import event_stream
 from knnlm_server.engine.events import FinishReason
 from knnlm_server.engine.sampling_params import MAX_LOGPROBS
@@ -49,7 +49,12 @@ class ChatChoice(Answer):
     message: ChatMessage
     logprobs: ChatLogProbs | None
     finish_reason: FinishReason
-    knn: list[TokenTraceEntry] | None = Field(default=None, description="Only with `knn.trace`.")
+    knn: list[TokenTraceEntry] | SkipJsonSchema[None] = Field(
+        default=None, description="Only with `knn.trace` or `knn.attribution`."
+    )
+    attribution: AnswerAttribution | SkipJsonSchema[None] = Field(
+        default=None, description="Only with `knn.attribution`."
+    )
 
 
 class ChatCompletion(Answer):
@@ -78,7 +83,12 @@ class ChatPiece(Answer):
     delta: ChatDelta
     logprobs: ChatLogProbs | None
     finish_reason: FinishReason | None
-    knn: list[TokenTraceEntry] | SkipJsonSchema[None] = Field(default=None, description="Only with `knn.trace`.")
+    knn: list[TokenTraceEntry] | SkipJsonSchema[None] = Field(
+        default=None, description="Only with `knn.trace` or `knn.attribution`."
+    )
+    attribution: AnswerAttribution | SkipJsonSchema[None] = Field(
+        default=None, description="Only with `knn.attribution`, in the choice's last chunk."
+    )
 
 
 class ChatChunk(Answer):

@@ -15,16 +15,17 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
-from pydantic.json_schema import SkipJsonSchema
 
-from knnlm_core.errors import UnsupportedFeature
+from knnlm_core.errors import InvalidKnnParams, InvalidParameter, UnsupportedFeature
+from knnlm_core.knn.fusion import Fusion
 from knnlm_core.knn.gates import Gate
-from knnlm_core.mixture import MAX_K, MAX_TEMPERATURE, MIN_TEMPERATURE
+from knnlm_core.retrieval import MAX_K, MAX_SOURCES, MAX_TEMPERATURE, MIN_TEMPERATURE
 from knnlm_server.api.schemas.limits import shown
 
 logger = logging.getLogger(__name__)
 
 MAX_EXCLUDED_DOCUMENTS = 1024
+MAX_WEIGHT = 1e6
 
 # The first bad element ends the check: a body of millions of them must not become millions of errors.
 TokenIds = Annotated[list[Annotated[int, shown(minimum=0)]], Field(fail_fast=True)]
@@ -80,13 +81,35 @@ class ClosedBody(BaseModel):
         return {name: given[name] for name in (*known, unknown) if name in given}
 
 
+class WeightedDatastore(ClosedBody):
+    """One of several datastores."""
+
+    name: Annotated[str, shown(minLength=1)] = Field(description="Name of a loaded datastore, or an alias.")
+    weight: Annotated[float, shown(exclusiveMinimum=0, maximum=MAX_WEIGHT)] | None = Field(
+        default=None, description="Share of the mixture, in any unit; of all datastores or of none."
+    )
+
+
 class KnnBody(ClosedBody):
     """How this request retrieves; what is left out comes from the datastore's calibration."""
 
-    datastore: Annotated[str, shown(minLength=1)] | SkipJsonSchema[list[dict[str, Any]]] | None = Field(
-        default=None, description="Name of a loaded datastore."
+    datastore: (
+        Annotated[str, shown(minLength=1)]
+        | Annotated[list[WeightedDatastore], Field(fail_fast=True), shown(minItems=1, maxItems=MAX_SOURCES)]
+        | None
+    ) = Field(default=None, description="A loaded datastore, by name or alias, or several to be mixed.")
+    mixture: Annotated[str, shown(enum=list(Fusion))] | None = Field(
+        default=None,
+        description="Of several datastores: `distributions` gives each its own τ and λ, `neighbors` puts the "
+        "neighbours of all into one softmax and needs `temperature` and `lambda`.",
     )
-    k: Annotated[int, shown(minimum=1, maximum=MAX_K)] | None = Field(default=None, description="Neighbours per query.")
+    weights: Annotated[str, shown(enum=["given", "prompt"])] | None = Field(
+        default=None,
+        description="Of several datastores: as `given`, or by how well each one predicts the end of the `prompt`.",
+    )
+    k: Annotated[int, shown(minimum=1, maximum=MAX_K)] | None = Field(
+        default=None, description="Neighbours per query and datastore."
+    )
     temperature: Annotated[float, shown(minimum=MIN_TEMPERATURE, maximum=MAX_TEMPERATURE)] | None = Field(
         default=None, description="τ: divides squared distances."
     )
@@ -103,18 +126,100 @@ class KnnBody(ClosedBody):
         default=None, description="Draft from the datastore; not offered by this build."
     )
     trace: Off = Field(default=False, description="Report per token how its probability came about.")
+    attribution: Off = Field(
+        default=False,
+        description="Report which documents the tokens' probabilities came from, of the whole and per token; "
+        "generated tokens get their `trace` too.",
+    )
 
     def refuse_unsupported(self) -> None:
         """Raises UnsupportedFeature for what later releases will honour."""
-        if isinstance(self.datastore, list):
-            raise UnsupportedFeature(
-                "`knn.datastore` must be one name; mixtures of datastores are not offered by this build",
-                param="knn.datastore",
-            )
         if self.speculate:
             raise UnsupportedFeature("`knn.speculate` is not offered by this build", param="knn.speculate")
         if self.gate_threshold is not None:
             raise UnsupportedFeature(
                 "`knn.gate_threshold` needs a gate with a threshold; this build knows always and never",
                 param="knn.gate_threshold",
+            )
+
+    @property
+    def stores(self) -> list[WeightedDatastore]:
+        """The datastores that are named here, perhaps none."""
+        if isinstance(self.datastore, str):
+            return [WeightedDatastore(name=self.datastore)]
+        return self.datastore or []
+
+    @property
+    def fusion(self) -> Fusion:
+        """How several datastores are mixed."""
+        return Fusion(self.mixture or Fusion.DISTRIBUTIONS)
+
+    @property
+    def weighs_by_prompt(self) -> bool:
+        """Whether the prompt decides the weights."""
+        return self.weights == "prompt"
+
+    def check_mixture(self) -> None:
+        """Raises InvalidParameter, InvalidKnnParams: what is said of several datastores is out of bounds or at odds."""
+        for field, value, known in (
+            ("mixture", self.mixture, tuple(Fusion)),
+            ("weights", self.weights, ("given", "prompt")),
+        ):
+            if value is not None and value not in known:
+                raise InvalidKnnParams(
+                    f"`knn.{field}` must be one of {', '.join(known)}, got {value[:80]!r}", param=f"knn.{field}"
+                )
+        self._check_stores()
+        if self.weighs_by_prompt:
+            self._check_prompt()
+        if self.fusion is Fusion.NEIGHBORS:
+            self._check_neighbors()
+
+    def _check_stores(self) -> None:
+        if not isinstance(self.datastore, list):
+            if self.datastore == "":
+                raise InvalidParameter(
+                    "`knn.datastore` must be the name of a loaded datastore, got ''", param="knn.datastore"
+                )
+            return
+        if not 1 <= len(self.datastore) <= MAX_SOURCES:
+            raise InvalidParameter(
+                f"`knn.datastore` must name 1 … {MAX_SOURCES} datastores, got {len(self.datastore)}",
+                param="knn.datastore",
+            )
+        weights = [store.weight for store in self.datastore]
+        for index, weight in enumerate(weights):
+            if weight is not None and not 0 < weight <= MAX_WEIGHT:
+                raise InvalidKnnParams(
+                    f"`knn.datastore.{index}.weight` must be above 0 and at most {MAX_WEIGHT:g}, got {weight:g}",
+                    param=f"knn.datastore.{index}.weight",
+                )
+        if None in weights and any(weight is not None for weight in weights):
+            raise InvalidKnnParams(
+                f"`knn.datastore` must give a weight to all datastores or to none, "
+                f"got {sum(weight is not None for weight in weights)} of {len(weights)}",
+                param="knn.datastore",
+            )
+
+    @property
+    def _gives_weights(self) -> bool:
+        return any(store.weight is not None for store in self.stores)
+
+    def _check_prompt(self) -> None:
+        if self._gives_weights:
+            raise InvalidKnnParams(
+                "`knn.weights` must not be prompt where `knn.datastore` gives weights", param="knn.weights"
+            )
+        if self.gate == Gate.NEVER:
+            raise InvalidKnnParams("`knn.weights` must not be prompt where `knn.gate` is never", param="knn.weights")
+
+    def _check_neighbors(self) -> None:
+        for field, value in (("temperature", self.temperature), ("lambda", self.lmbda)):
+            if value is None:
+                raise InvalidKnnParams(
+                    f"`knn.mixture` neighbors needs one `knn.{field}` for all datastores", param=f"knn.{field}"
+                )
+        if self._gives_weights or self.weighs_by_prompt:
+            raise InvalidKnnParams(
+                "`knn.mixture` neighbors knows no weights: distances alone decide", param="knn.mixture"
             )

@@ -9,7 +9,7 @@ from pydantic.config import JsonDict
 from pydantic.json_schema import SkipJsonSchema
 
 from knnlm_core.errors import InvalidParameter, UnsupportedFeature
-from knnlm_server.api.schemas.answers import Answer, TokenTraceEntry, Usage
+from knnlm_server.api.schemas.answers import Answer, AnswerAttribution, TokenTraceEntry, Usage
 from knnlm_server.api.schemas.common import Off, Text, Texts, TokenIds
 from knnlm_server.api.schemas.events import event_stream
 from knnlm_server.api.schemas.generation import GENERATION_EXAMPLE, STREAM_EXAMPLE, GenerationBody
@@ -118,7 +118,12 @@ class CompletionChoice(Answer):
     text: str
     logprobs: CompletionLogProbs | None
     finish_reason: FinishReason
-    knn: list[TokenTraceEntry] | SkipJsonSchema[None] = Field(default=None, description="Only with `knn.trace`.")
+    knn: list[TokenTraceEntry] | SkipJsonSchema[None] = Field(
+        default=None, description="Only with `knn.trace` or `knn.attribution`."
+    )
+    attribution: AnswerAttribution | SkipJsonSchema[None] = Field(
+        default=None, description="Only with `knn.attribution`; in a stream with the choice's last chunk."
+    )
 
 
 class CompletionPiece(CompletionChoice):
@@ -134,7 +139,9 @@ class Completion(Answer):
     object: Literal["text_completion"]
     created: int = Field(ge=0, description="Seconds since 1970.")
     model: str
-    system_fingerprint: str = Field(description="Of the LM, with name, version and generation of the datastore.")
+    system_fingerprint: str = Field(
+        description="Of the LM, with name, version, generation and revision of each datastore."
+    )
     choices: list[CompletionChoice] = Field(min_length=1)
     usage: Usage
 

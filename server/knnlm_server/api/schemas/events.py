@@ -12,12 +12,12 @@ Json = dict[str, Any]
 SCHEMAS = "#/components/schemas/"
 
 
-def event_stream(model: type[BaseModel]) -> Json:
-    """Content of a response: server-sent events, each with a ``model``, then ``[DONE]``.
+def event_stream(model: type[BaseModel], *others: type[BaseModel]) -> Json:
+    """Content of a response: server-sent events, each with one of the models, then ``[DONE]``.
 
     OpenAPI 3.1 has no word for a stream's items; as is common, the schema is that of one event.
     """
-    chunk = {"contentMediaType": "application/json", "contentSchema": _one_of(model)}
+    chunk = {"contentMediaType": "application/json", "contentSchema": _one_of(model, *others)}
     data = {"type": "string", "anyOf": [{"const": "[DONE]"}, chunk]}
     event = {"type": "object", "required": ["data"], "properties": {"data": data}}
     return {"text/event-stream": {"schema": event}}

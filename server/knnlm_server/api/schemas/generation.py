@@ -66,7 +66,17 @@ GENERATION_EXAMPLE: JsonDict = {
     "ignore_eos": False,
     "skip_special_tokens": True,
     "stream": False,
-    "knn": {"datastore": "law", "k": 32, "temperature": 10.0, "lambda": 0.25, "gate": "always", "trace": True},
+    "knn": {
+        "datastore": [{"name": "law", "weight": 3}],
+        "mixture": "distributions",
+        "weights": "given",
+        "k": 32,
+        "temperature": 10.0,
+        "lambda": 0.25,
+        "gate": "always",
+        "trace": True,
+        "attribution": True,
+    },
 }
 STREAM_EXAMPLE: JsonDict = {
     "max_tokens": 8,
@@ -87,7 +97,7 @@ class StreamOptions(BaseModel):
 class GenerationBody(Body):
     """What can be said about how tokens are chosen and when they end."""
 
-    model: str | None = Field(default=None, description="`<lm>` or `<lm>@<datastore>`.")
+    model: str | None = Field(default=None, description="`<lm>`, `<lm>@<datastore>` or `<lm>@<datastore>+<datastore>`.")
     temperature: Annotated[float, shown(minimum=0)] | None = Field(
         default=None, description="Divides the scores; 0 is greedy, 1 the default."
     )
@@ -146,7 +156,12 @@ class GenerationBody(Body):
     @property
     def wants_trace(self) -> bool:
         """Whether to report per token how its probability came about."""
-        return self.knn is not None and self.knn.trace
+        return self.knn is not None and (self.knn.trace or self.knn.attribution)
+
+    @property
+    def wants_attribution(self) -> bool:
+        """Whether to report which documents it came from."""
+        return self.knn is not None and self.knn.attribution
 
     def sampling_params(self, *, n: int, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """The engine's view of this body; fields left out or null take the engine's defaults.

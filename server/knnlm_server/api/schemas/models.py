@@ -12,14 +12,14 @@ class ModelCard(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    id: str = Field(description="`<lm>` or `<lm>@<datastore>`.")
+    id: str = Field(description="`<lm>`, `<lm>@<datastore>` or `<lm>@<alias>`.")
     object: Literal["model"]
     created: int = Field(ge=0, description="When the server became ready, seconds since 1970.")
     owned_by: Literal["knnlm"]
     root: str = Field(description="The LM.")
     parent: str | None = Field(description="The LM, for its combination with a datastore.")
     max_model_len: int = Field(ge=1, description="Tokens of prompt and completion together.")
-    datastore: str | None
+    datastore: str | None = Field(description="Its name, also where the id has an alias.")
 
 
 class ModelList(BaseModel):

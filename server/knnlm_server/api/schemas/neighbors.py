@@ -43,7 +43,7 @@ class NeighborsBody(Body):
     ) = Field(description="A context, contexts, token ids, or lists of them.")
     knn: KnnBody | None = Field(default=None, description="The gate is not asked: every context is searched after.")
     limit: Annotated[int, shown(minimum=1, maximum=MAX_LIMIT)] = Field(
-        default=10, description="Neighbours reported of the `knn.k` found, and next tokens."
+        default=10, description="Neighbours reported of the `knn.k` found in each datastore, and next tokens."
     )
     context_chars: Annotated[int, shown(minimum=0, maximum=MAX_CONTEXT_CHARS)] = Field(
         default=80, description="Characters of the source reported before and after a neighbour's token."
@@ -77,6 +77,10 @@ class NeighborsBody(Body):
                 f"`knn.gate` must be {Gate.ALWAYS} here, where every context is searched after, got {gate!r}",
                 param="knn.gate",
             )
+        if self.knn is not None and self.knn.attribution:
+            raise InvalidParameter(
+                "`knn.attribution` must be false here: nothing is generated or scored", param="knn.attribution"
+            )
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
@@ -106,7 +110,9 @@ class NeighborsResult(Answer):
 
     index: int = Field(ge=0, description="Its position in `input`.")
     tokens: int = Field(ge=1, description="Of the context.")
-    neighbors: list[Neighbor] = Field(max_length=MAX_LIMIT, description="Nearest first.")
+    neighbors: list[Neighbor] = Field(
+        max_length=MAX_LIMIT, description="Nearest first; of several datastores with a λ each, by weight."
+    )
     next_tokens: list[NextToken] = Field(max_length=MAX_LIMIT, description="By p_knn, the largest first.")
 
 

@@ -9,7 +9,7 @@ from pydantic.config import JsonDict
 from pydantic.json_schema import SkipJsonSchema
 
 from knnlm_core.windows import WindowSizes, settle_windows
-from knnlm_server.api.schemas.answers import Answer
+from knnlm_server.api.schemas.answers import Answer, AnswerAttribution, TokenAttribution
 from knnlm_server.api.schemas.common import (
     Body,
     ClosedBody,
@@ -41,7 +41,7 @@ ScoreInput = str | TokenIds | DocumentInput
 # All fields at once, and in agreement.
 _EXAMPLE: JsonDict = {
     "input": ["The tenant may refuse to pay.", "A buyer shall return the goods."],
-    "knn": {"datastore": "law", "k": 32, "temperature": 10.0, "lambda": 0.25, "gate": "always"},
+    "knn": {"datastore": "law", "k": 32, "temperature": 10.0, "lambda": 0.25, "gate": "always", "attribution": True},
     "per_token": True,
     "overlap": True,
     "exclude_documents": [],
@@ -56,16 +56,18 @@ class ScoreBody(Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
 
-    model: str | None = Field(default=None, description="`<lm>` or `<lm>@<datastore>`.")
+    model: str | None = Field(default=None, description="`<lm>`, `<lm>@<datastore>` or `<lm>@<datastore>+<datastore>`.")
     input: NonEmpty | Annotated[Texts, _TEXTS] | Annotated[ListOfTokenIds, _TEXTS] | Annotated[Documents, _TEXTS] = (
-        Field(description="A text, texts, lists of token ids, or documents of the datastore.")
+        Field(
+            description="A text, texts, lists of token ids, or documents of the datastore, of which there must be one."
+        )
     )
     knn: KnnBody | None = None
     per_token: Off = Field(default=False, description="Report every token.")
     overlap: Off = Field(
         default=False,
         description="Report the tokens by the longest run that ends with them and stands in the datastore, within one "
-        "document that is not excluded. Needs a datastore.",
+        "document that is not excluded. Needs exactly one datastore.",
     )
     exclude_documents: DocumentIds | None = Field(
         default=None, description="Ids of documents whose entries must not be found."
@@ -84,6 +86,11 @@ class ScoreBody(Body):
         Raises: InvalidParameter: window or stride is out of bounds.
         """
         return settle_windows(self.window, self.stride, max_length=max_length)
+
+    @property
+    def wants_attribution(self) -> bool:
+        """Whether to report which documents the tokens' probabilities came from."""
+        return self.knn is not None and self.knn.attribution
 
     def inputs(self) -> list[ScoreInput]:
         """What is to be scored, one entry per text."""
@@ -126,6 +133,9 @@ class ScoredToken(Answer):
     mixed: float = Field(le=1e-3)
     lmbda: float = Field(alias="lambda", ge=0, le=1, description="λ: weight of p_knn.")
     decision: str = Field(description="The gate's; `base` without a datastore.")
+    attribution: TokenAttribution | SkipJsonSchema[None] = Field(
+        default=None, description="Only with `knn.attribution`."
+    )
     longest_match: Literal[0, 1, 2, 4, 8, 16, 32] | SkipJsonSchema[None] = Field(
         default=None, description="With `overlap`: the longest match has at least so many tokens, and less than twice."
     )
@@ -150,6 +160,9 @@ class ScoreResult(ScoreTotal):
     index: int = Field(ge=0, description="Its position in `input`.")
     document_id: str | SkipJsonSchema[None] = Field(default=None, description="Where `input` gave one.")
     per_token: list[ScoredToken] | SkipJsonSchema[None] = Field(default=None, description="Only with `per_token`.")
+    attribution: AnswerAttribution | SkipJsonSchema[None] = Field(
+        default=None, description="Only with `knn.attribution`."
+    )
 
 
 class Score(Answer):

@@ -1,0 +1,37 @@
+"""One build, compaction or purge at a time per name."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from knnlm_core.datastore import layout
+from knnlm_core.errors import DatastoreBusy, DatastoreNotFound, DatastoreReadOnly
+
+BUILD_LOCK = "build.lock"  # the builder's: both write versions of the name
+
+
+@contextmanager
+def lock_versions(root: Path, name: str) -> Iterator[Path]:
+    """Hold the right to write versions of a name; yields its folder. The lock ends with the process.
+
+    Raises:
+        DatastoreNotFound: no such name.
+        DatastoreBusy: a build, a compaction or a purge of the name is under way.
+        DatastoreReadOnly: the folder cannot be written.
+    """
+    folder = layout.name_folder(root, name)
+    if not folder.is_dir():
+        raise DatastoreNotFound(f"there is no folder {folder}")
+    try:
+        file = (folder / BUILD_LOCK).open("w")
+    except OSError as error:
+        raise DatastoreReadOnly(f"{folder} cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DatastoreBusy(f"a build, a compaction or a purge of {name!r} is under way in {folder}") from None
+        yield folder

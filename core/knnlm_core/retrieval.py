@@ -1,0 +1,122 @@
+"""How a row retrieves: from which datastores, with which settings, and when."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from torch import Tensor
+
+from knnlm_core.errors import InvalidKnnParams, InvalidParameter
+from knnlm_core.knn.fusion import Fusion
+from knnlm_core.knn.gates import Gate
+from knnlm_core.types import EntryRange, Neighbors
+
+MAX_K = 4096
+MAX_TOTAL_K = 2 * MAX_K  # of all sources of a row
+MAX_SOURCES = 8
+NEIGHBORS_AT_ONCE = 1 << 23  # of all rows of a search; bounds its memory, some 50 bytes each
+# Far inside float32, in which τ is applied; distances of real models lie between 1 and 10⁴.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e9
+
+
+class Searchable(Protocol):
+    """What can be searched: a datastore in this process, or later one elsewhere. Equal ones are searched together."""
+
+    def search(self, queries: Tensor, k: int, *, exclude: Sequence[EntryRange] = ()) -> Neighbors:
+        """The k nearest entries of each query (B, D), nearest first, none of them excluded."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One datastore that a row retrieves from.
+
+    Attributes:
+        datastore: the snapshot that the row's request has leased.
+        k: neighbours per query, 1 … MAX_K.
+        knn_temperature: τ, in units of squared distance.
+        lmbda: λ in [0, 1], weight of the store's p_knn where it is the only one.
+        exclude: entries that must not be found, such as those of the document being scored.
+        weight: w > 0; those of a row sum to one.
+    """
+
+    datastore: Searchable
+    k: int
+    knn_temperature: float
+    lmbda: float
+    exclude: tuple[EntryRange, ...] = ()
+    weight: float = 1.0
+
+    def check(self) -> None:
+        """Raises InvalidKnnParams: naming the field, its limits and its value."""
+        if not 1 <= self.k <= MAX_K:
+            raise InvalidKnnParams(f"`knn.k` must be in 1 … {MAX_K}, got {self.k}", param="knn.k")
+        if not MIN_TEMPERATURE <= self.knn_temperature <= MAX_TEMPERATURE:
+            raise InvalidKnnParams(
+                f"`knn.temperature` must be in {MIN_TEMPERATURE:g} … {MAX_TEMPERATURE:g}, got {self.knn_temperature:g}",
+                param="knn.temperature",
+            )
+        if not 0 <= self.lmbda <= 1:
+            raise InvalidKnnParams(f"`knn.lambda` must be in 0 … 1, got {self.lmbda:g}", param="knn.lambda")
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """How one row retrieves.
+
+    p = (1 − Σ w_i λ_i) p_lm + Σ w_i λ_i p_knn,i
+
+    Attributes:
+        sources: 1 … MAX_SOURCES; their order is that of `Found.sources`.
+        gate: when to search.
+        fusion: how several sources become one p_knn; for `Fusion.NEIGHBORS` they share one τ and one λ.
+    """
+
+    sources: tuple[Source, ...]
+    gate: Gate = Gate.ALWAYS
+    fusion: Fusion = Fusion.DISTRIBUTIONS
+
+    @property
+    def k(self) -> int:
+        """Neighbours per query, of all sources together."""
+        return sum(source.k for source in self.sources)
+
+    @property
+    def lmbda(self) -> float:
+        """λ of a row for which every source finds something."""
+        if self.fusion is Fusion.NEIGHBORS:
+            return self.sources[0].lmbda
+        return math.fsum(source.weight * source.lmbda for source in self.sources)
+
+    @property
+    def only(self) -> Source:
+        """The source of a retrieval that has a single one."""
+        (source,) = self.sources
+        return source
+
+    def with_weights(self, weights: Sequence[float]) -> Retrieval:
+        """The same sources, weighted otherwise.
+
+        Args:   weights: > 0, in any unit.
+        """
+        total = math.fsum(weights)
+        weighed = zip(self.sources, weights, strict=True)
+        return replace(self, sources=tuple(replace(source, weight=weight / total) for source, weight in weighed))
+
+    def check(self) -> None:
+        """Raises InvalidKnnParams, InvalidParameter: naming the field, its limits and its value."""
+        if not 1 <= len(self.sources) <= MAX_SOURCES:
+            raise InvalidParameter(
+                f"`knn.datastore` must name 1 … {MAX_SOURCES} datastores, got {len(self.sources)}",
+                param="knn.datastore",
+            )
+        for source in self.sources:
+            source.check()
+        if self.k > MAX_TOTAL_K:
+            raise InvalidKnnParams(
+                f"`knn.k` must be at most {MAX_TOTAL_K} for all datastores of a request together, got {self.k}",
+                param="knn.k",
+            )

@@ -1,0 +1,49 @@
+"""What routes say about a loaded datastore."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from knnlm_core.datastore.calibration import Calibration
+from knnlm_server.registry.table import DatastoreStatus
+
+
+def render_card(status: DatastoreStatus) -> dict[str, Any]:
+    """As ``DatastoreCard`` describes it."""
+    datastore, manifest = status.datastore, status.datastore.manifest
+    self_test = status.self_test
+    return {
+        "object": "datastore",
+        "name": datastore.name,
+        "version": datastore.version,
+        "generation": status.generation,
+        "revision": datastore.revision,
+        "state": status.state,
+        "entries": datastore.entries,
+        "bytes": manifest.num_bytes,
+        "unit": manifest.unit,
+        "documents": datastore.num_documents,
+        "learned_documents": status.learned_documents,
+        "deleted_documents": status.deleted_documents,
+        "leases": status.leases,
+        "aliases": list(status.aliases),
+        "follows_current": status.served.follows_current,
+        "previous": status.served.previous,
+        "self_test": self_test._asdict() if self_test.queries else None,
+        "calibration": _render_calibration(datastore.calibration) if datastore.calibration is not None else None,
+        "model_fingerprint": manifest.lm.model_fingerprint,
+    }
+
+
+def _render_calibration(calibration: Calibration) -> dict[str, Any]:
+    """What requests use and how good it was; the protocol's long lists of digests stay in the file."""
+    return {
+        "id": calibration.id,
+        "k": calibration.k,
+        "temperature": calibration.knn_temperature,
+        "lambda": calibration.lmbda,
+        "gate": calibration.gate,
+        "helps": calibration.helps,
+        "report": calibration.report,
+        "held_out_documents": calibration.protocol.get("held_out_documents"),
+    }

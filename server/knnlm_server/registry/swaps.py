@@ -1,0 +1,117 @@
+"""Which generation a name means changes here, and nowhere else: on the disk first, then in the table.
+
+prepare (seconds to minutes)  →  commit: state file, table (milliseconds)  →  the old generation drains and closes
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from knnlm_core.datastore.living import LivingName
+from knnlm_core.errors import ShuttingDown
+from knnlm_core.types import LMIdentity
+from knnlm_server.registry.budget import Budget
+from knnlm_server.registry.closer import Closer
+from knnlm_server.registry.config import RegistryConfig
+from knnlm_server.registry.generation import Generation
+from knnlm_server.registry.livings import Livings
+from knnlm_server.registry.loading import Loader, Prepared
+from knnlm_server.registry.progress import Report, Stage
+from knnlm_server.registry.serving import Labels, Serving
+from knnlm_server.registry.state_file import StateFile
+from knnlm_server.registry.table import DatastoreStatus, Table
+
+
+class Swaps:
+    """Changes table and file of state together. Thread-safe; changes of one name must take turns.
+
+    Args:     root: folder that holds the datastores by name.
+    Raises:   DatastoreCorrupt: the file of state is damaged.
+    """
+
+    def __init__(self, root: Path, identity: LMIdentity, config: RegistryConfig) -> None:
+        self.livings = Livings(root)
+        self.budget = Budget(config.max_bytes, lambda: self.livings.num_bytes)
+        self.state = StateFile(config.state)
+        self._loader = Loader(root, identity, self.budget, config.verified)
+        self._closer = Closer(self._close)
+        self.table = Table(self.state.open(), self._closer.close)
+        self._commits = threading.Lock()  # leases do not wait for it
+        self._is_closed = False
+
+    def load(self, name: str, version: str | None, labels: Labels, report: Report) -> tuple[DatastoreStatus, bool]:
+        """Prepare a version and retarget its name; returns the status, and whether the name was loaded before.
+
+        Raises: as `Registry.load`; then everything is as it was.
+        """
+        self._closer.wait()  # what was given back is not counted as used
+        prepared = self._loader.prepare(name, version, report)
+        try:
+            living = self.livings.use(name)
+            try:
+                living.refresh()
+                living.snapshot(prepared.datastore)  # reads what was learned: the commit need not
+                report(Stage.SWAP, 0, 1)
+                return self._commit(prepared, living, follows_current=version is None, labels=labels)
+            except BaseException:
+                living.detach(prepared.datastore)
+                self.livings.leave(name)
+                raise
+        except BaseException:
+            self._loader.discard(prepared.datastore)
+            raise
+
+    def unload(self, name: str, timeout_s: float) -> None:
+        """Drain a name and close it. Raises: as `Registry.unload`."""
+        with self.table.draining(name, timeout_s), self._commits:
+            serving = self.table.serving.with_unloaded(name)
+            self.state.write(serving)
+            self.table.remove(name, serving)
+        self._closer.wait()
+
+    def relabel(self, serving: Serving) -> None:
+        """Other aliases, another default."""
+        with self._commits:
+            self.state.write(serving)
+            self.table.relabel(serving)
+
+    def show(self, name: str) -> None:
+        """Let requests that begin from now on see what a name has learned."""
+        with self._commits:
+            generation = self.table.current(name)
+            if generation is not None:
+                self.table.show(generation, generation.living.snapshot(generation.datastore))
+
+    def require_open(self) -> None:
+        """Raises ShuttingDown: this was closed."""
+        if self._is_closed:
+            raise ShuttingDown("the server is shutting down")
+
+    def close(self) -> None:
+        """Close what no lease holds; the rest closes with its last lease. Nothing is loaded any more."""
+        with self._commits:
+            self._is_closed = True
+        self.table.clear()
+        self._closer.stop()
+        self.state.close()
+
+    def _commit(
+        self, prepared: Prepared, living: LivingName, *, follows_current: bool, labels: Labels
+    ) -> tuple[DatastoreStatus, bool]:
+        datastore, self_test = prepared
+        name = datastore.name
+        with self._commits:
+            self.require_open()
+            serving = self.table.serving.with_loaded(name, datastore.version, follows_current=follows_current)
+            serving = serving.with_labels(name, labels)
+            snapshot = living.snapshot(datastore)
+            generation = Generation(datastore, living, snapshot, serving.names[name].generation, self_test)
+            # Written first, so that no number is given twice, whenever the server dies.
+            self.state.write(serving)
+            return self.table.retarget(generation, serving)
+
+    def _close(self, generation: Generation) -> None:
+        generation.living.detach(generation.datastore)
+        self._loader.discard(generation.datastore)
+        self.livings.leave(generation.name)
