@@ -24,6 +24,7 @@ from knnlm_server.api import (
     datastores,
     documents,
     health,
+    maintenance,
     metrics,
     models,
     neighbors,
@@ -72,7 +73,19 @@ def create_app(settings: ServerSettings, on_failure: Callable[[], None] = lambda
     # A path with a slash too many is unknown, not redirected: behind a proxy the redirect's address would be wrong.
     app = DocumentedApp(settings, title="knnlm", version=__version__, lifespan=lifespan, redirect_slashes=False)
     app.state.service = state
-    for module in (completions, chat, score, neighbors, tokenizer, datastores, documents, models, metrics, health):
+    for module in (
+        completions,
+        chat,
+        score,
+        neighbors,
+        tokenizer,
+        datastores,
+        documents,
+        maintenance,
+        models,
+        metrics,
+        health,
+    ):
         app.include_router(module.router)
     install_error_handlers(app)
     # The last one added is the outermost.

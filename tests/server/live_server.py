@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,7 +21,7 @@ from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.protocol import Rows, Span
 from knnlm_server.api.state import Backend, Service
 from knnlm_server.app import create_app
-from knnlm_server.settings import ServerSettings
+from knnlm_server.settings import STATE, ServerSettings
 
 PATIENCE_S = 30.0
 
@@ -33,9 +35,15 @@ def wait_until(holds: Callable[[], bool], within_s: float = PATIENCE_S) -> None:
 
 
 class LiveServer:
-    """Starts on entering, with the engine's integrity check on; stops on leaving."""
+    """Starts on entering, with the engine's integrity check on; stops on leaving.
+
+    Servers share folders of datastores here, so each has a state of its own, unless its settings name one.
+    """
 
     def __init__(self, settings: ServerSettings, *, wait: bool = True) -> None:
+        self._own = tempfile.TemporaryDirectory(prefix="knnlm-state-")
+        if settings.state is None:
+            settings = settings.model_copy(update={"state": Path(self._own.name) / STATE})
         self.failures: list[str] = []
         self.app = create_app(settings, on_failure=lambda: self.failures.append("failed"))
         self._wait = wait
@@ -83,6 +91,7 @@ class LiveServer:
         self._server.should_exit = True
         self._thread.join(PATIENCE_S)
         assert not self._thread.is_alive(), "the server did not stop"
+        self._own.cleanup()
 
     # -- requests ------------------------------------------------------------------------------------------------------
 

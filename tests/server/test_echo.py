@@ -232,8 +232,8 @@ def test_a_job_that_cannot_be_built_gives_its_lease_back(
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no renderer today")
 
-    for place in ("CompletionRenderer.__init__", "GenerationJob._request"):
+    for place in ("completions.CompletionRenderer.__init__", "generation.GenerationJob._request"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"knnlm_server.api.completions.{place}", fail)
+            patch.setattr(f"knnlm_server.api.{place}", fail)
             assert live_server.post("/v1/completions", {"prompt": PROMPT, "model": LAW}).status_code == 500
     wait_until(live_server.is_idle)

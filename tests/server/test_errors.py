@@ -19,7 +19,7 @@ from small_stores import Published, Start
 
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.publish import set_current
-from knnlm_core.datastore.reader import Datastore
+from knnlm_core.datastore.snapshot import Snapshot
 from knnlm_core.errors import DatastoreCorrupt
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_server.api.schemas.completions import CompletionBody
@@ -47,6 +47,12 @@ def check_error(response: httpx.Response, status: int, code: str) -> dict[str, A
 
 KNN = {"datastore": "law"}
 
+
+def two(law: dict[str, Any], news: dict[str, Any], **knn: Any) -> dict[str, Any]:
+    """A body that mixes two datastores, each with fields of its own."""
+    return {"knn": {"datastore": [{"name": "law", **law}, {"name": "news", **news}], **knn}}
+
+
 # body over {"prompt": PROMPT}, status, code, param, and what the message says
 BAD_COMPLETIONS: list[tuple[dict[str, Any], int, str, str | None, str]] = [
     ({"model": "gpt-5"}, 404, "model_not_found", "model", "'gpt-5'.*'tiny-lm'"),
@@ -68,7 +74,50 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], int, str, str | None, str]] = [
     ({"knn": {**KNN, "gate": "learned"}}, 400, "unsupported_feature", "knn.gate", "'learned' is not offered"),
     ({"knn": {**KNN, "gate_threshold": 0.5}}, 400, "unsupported_feature", "knn.gate_threshold", "threshold"),
     ({"knn": {**KNN, "speculate": True}}, 400, "unsupported_feature", "knn.speculate", "not offered"),
-    ({"knn": {"datastore": [{"name": "law", "weight": 1}]}}, 400, "unsupported_feature", "knn.datastore", "one name"),
+    ({"knn": {"datastore": []}}, 400, "invalid_parameter", "knn.datastore", "1 … 8 datastores, got 0"),
+    ({"knn": {"datastore": [{"name": f"n{i}"} for i in range(9)]}}, 400, "invalid_parameter", "knn.datastore", "got 9"),
+    (two({"weight": 1}, {}), 400, "invalid_knn_params", "knn.datastore", "to all datastores or to none, got 1 of 2"),
+    (two({"weight": 1}, {"weight": 0}), 400, "invalid_knn_params", "knn.datastore.1.weight", "above 0 .*, got 0"),
+    (two({"weight": 1e7}, {"weight": 1}), 400, "invalid_knn_params", "knn.datastore.0.weight", r"1e\+06, got 1e\+07"),
+    (two({}, {"name": "law"}), 400, "invalid_parameter", "knn.datastore", "'law' as 'law' and as 'law'"),
+    (two({}, {"name": "nope"}), 404, "datastore_not_found", "knn.datastore", "'nope'"),
+    (two({}, {"name": ""}), 400, "invalid_parameter", "knn.datastore", "name of a loaded datastore, got ''"),
+    (two({"weight": "1"}, {}), 400, "invalid_parameter", "knn.datastore.0.weight", "valid number, got '1'"),
+    (two({"share": 1}, {}), 400, "invalid_parameter", "knn.datastore.0.share", "Extra inputs"),
+    (two({}, {}, mixture="both"), 400, "invalid_knn_params", "knn.mixture", "distributions, neighbors, got 'both'"),
+    (two({}, {}, weights="some"), 400, "invalid_knn_params", "knn.weights", "given, prompt, got 'some'"),
+    (two({}, {}, mixture="neighbors"), 400, "invalid_knn_params", "knn.temperature", "one `knn.temperature`"),
+    (
+        two({}, {}, mixture="neighbors", temperature=5.0),
+        400, "invalid_knn_params", "knn.lambda", "one `knn.lambda` for all",
+    ),
+    (
+        two({"weight": 1}, {"weight": 2}, mixture="neighbors", **{"temperature": 5.0, "lambda": 0.5}),
+        400, "invalid_knn_params", "knn.mixture", "knows no weights",
+    ),
+    (
+        two({}, {}, mixture="neighbors", weights="prompt", **{"temperature": 5.0, "lambda": 0.5}),
+        400, "invalid_knn_params", "knn.mixture", "knows no weights",
+    ),
+    (
+        two({"weight": 1}, {"weight": 2}, weights="prompt"),
+        400, "invalid_knn_params", "knn.weights", "gives weights",
+    ),
+    (two({}, {}, weights="prompt", gate="never"), 400, "invalid_knn_params", "knn.weights", "`knn.gate` is never"),
+    (two({}, {}, k=4097), 400, "invalid_knn_params", "knn.k", "1 … 4096, got 4097"),
+    ({"knn": {"weights": "prompt"}}, 400, "invalid_parameter", "knn.weights", "needs a datastore"),
+    ({"knn": {"mixture": "distributions"}}, 400, "invalid_parameter", "knn.mixture", "needs a datastore"),
+    (
+        {"model": "tiny-lm@law+news", "knn": {"datastore": "law"}},
+        400, "invalid_parameter", "knn.datastore", r"'law\+news' but .* names 'law'",
+    ),
+    ({"model": "tiny-lm@law+law"}, 400, "invalid_parameter", "knn.datastore", "'law' as 'law' and as 'law'"),
+    ({"model": "tiny-lm@law+"}, 404, "model_not_found", "model", "names no datastore"),
+    ({"model": "tiny-lm@" + "+".join("abcdefghi")}, 400, "invalid_parameter", "model", "at most 8 datastores, got 9"),
+    (
+        {"model": LAW, "max_tokens": 240, "n": 8, "knn": {"k": 4096, "attribution": True}},
+        400, "invalid_parameter", "knn.attribution", "1920 tokens × 4096 = 7864320",
+    ),
     ({"knn": {**KNN, "lamda": 0.5}}, 400, "invalid_parameter", "knn.lamda", "Extra inputs"),
     ({"knn": {**KNN, "k": "8"}}, 400, "invalid_parameter", "knn.k", "valid integer, got '8'"),
     ({"knn": "law"}, 400, "invalid_parameter", "knn", "got 'law'"),
@@ -190,7 +239,7 @@ def test_numbers_that_are_none_are_refused_inside_knn(live_server: LiveServer, f
         ({"input": ["x"], "model": LAW, "knn": {"k": 0}}, 400, "invalid_knn_params", "knn.k"),
         ({"input": ["x"], "knn": {"k": 3}}, 400, "invalid_parameter", "knn.k"),
         ({"input": ["x"], "exclude_documents": ["new-1"]}, 400, "invalid_parameter", "exclude_documents"),
-        ({"input": ["x"], "model": LAW, "exclude_documents": ["old-1"]}, 404, "datastore_not_found", "document"),
+        ({"input": ["x"], "model": LAW, "exclude_documents": ["old-1"]}, 404, "document_not_found", "document"),
     ],
     ids=lambda value: str(value)[:50] if isinstance(value, dict) else "",
 )
@@ -672,7 +721,7 @@ def test_a_datastore_that_cannot_be_searched_fails_its_own_requests_alone(
             pool.submit(live_server.post, "/v1/completions", {"prompt": PROMPT, "max_tokens": 60, "ignore_eos": True})
             for _ in range(3)
         ]
-        monkeypatch.setattr(Datastore, "search", damaged)
+        monkeypatch.setattr(Snapshot, "search", damaged)
         mixed = live_server.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 4, "knn": KNN})
         assert check_error(mixed, 409, "datastore_corrupt")["message"] == "values.arrow holds token 999999"
         assert [answer.result().status_code for answer in plain] == [200, 200, 200]

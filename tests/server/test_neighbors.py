@@ -175,7 +175,7 @@ def test_a_context_may_fill_the_lms_and_no_more(live_server: LiveServer, lm: Hug
         ({"knn": {"k": 0}}, 400, "invalid_knn_params", "knn.k"),
         ({"knn": {"gate": "never"}}, 400, "invalid_knn_params", "knn.gate"),
         ({"knn": {"depth": 1}}, 400, "invalid_parameter", "knn.depth"),
-        ({"exclude_documents": ["old-1"]}, 404, "datastore_not_found", "document"),
+        ({"exclude_documents": ["old-1"]}, 404, "document_not_found", "document"),
     ],
 )
 def test_a_bad_request_gets_its_own_error(

@@ -91,7 +91,7 @@ def test_with_everything_excluded_the_mixture_is_the_base(live_server: LiveServe
     [
         ({"input": documents("new-1")}, 400, "invalid_parameter", "input"),
         ({"input": ["x y"], "overlap": True}, 400, "invalid_parameter", "overlap"),
-        ({"input": documents("new-1", "old-1"), "model": LAW}, 404, "datastore_not_found", "input"),
+        ({"input": documents("new-1", "old-1"), "model": LAW}, 404, "document_not_found", "input"),
         ({"input": documents(*["new-1"] * 4097), "model": LAW}, 400, "invalid_parameter", "input"),
         ({"input": documents(""), "model": LAW}, 400, "invalid_parameter", "input"),
         ({"input": ["x", {"document_id": "new-1"}], "model": LAW}, 400, "invalid_parameter", "input"),

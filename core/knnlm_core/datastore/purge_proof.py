@@ -193,7 +193,8 @@ class _Prover:
         shared = {width: frozenset(rows) for width, rows in self._shared.items()}
         naming, silent = (RawSearch(self._traces, with_ids=with_ids) for with_ids in (True, False))
         for calibration in layout.calibration_ids(self._root, self._name):
-            self._calibration(calibration)
+            if layout.calibration_folder(self._root, self._name, calibration) / layout.CALIBRATION in self._left:
+                self._calibration(calibration)
         for path in sorted(self._left):
             known = path.name in {layout.MANIFEST, layout.SEGMENT, layout.CALIBRATION} or (
                 path.parent == self._home and path.name.removesuffix(".part") in _MAY_NAME

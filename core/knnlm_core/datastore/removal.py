@@ -12,7 +12,7 @@ from knnlm_core.durable import sync_folder
 
 
 def remove_version(root: Path, name: str, version: str) -> Path:
-    """Remove a published version that nothing refers to any more. Whoever has it open can go on reading what is mapped."""
+    """Remove a published version that nothing refers to; whoever has it open can go on reading what is mapped."""
     folder = layout.version_folder(root, name, version)
     # Renamed first: half of a version under its own name would be a damaged one.
     doomed = layout.building_folder(root, name, version)

@@ -18,7 +18,7 @@ from pydantic import JsonValue
 
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.canaries import RECORDED_RECALL, Canaries, self_test, write_canaries
-from knnlm_core.datastore.carried import canaries_to_keep, copy_held_out
+from knnlm_core.datastore.carried import canaries_to_keep, copy_held_out, keeps_held_out
 from knnlm_core.datastore.checksums import hash_file, record_files
 from knnlm_core.datastore.copies import Keep, Source, entries_in
 from knnlm_core.datastore.ledger_file import SegmentRecord
@@ -77,7 +77,7 @@ def rewrite(root: Path, name: str, rewriting: Rewriting, *, progress: StageProgr
     """
     with _opened(root, name, rewriting, progress) as (store, sources):
         chosen = _chosen(store, sources, rewriting)
-        build = _inputs(store.manifest, sources, rewriting, chosen)
+        build = _inputs(store, sources, rewriting, chosen)
         version = version_of(build)
         if version in layout.published_versions(root, name):
             return version
@@ -137,18 +137,19 @@ def _chosen(store: Datastore, sources: Sequence[Source], rewriting: Rewriting) -
 
 
 def _inputs(
-    manifest: Manifest, sources: Sequence[Source], rewriting: Rewriting, chosen: ChosenIndex
+    store: Datastore, sources: Sequence[Source], rewriting: Rewriting, chosen: ChosenIndex
 ) -> dict[str, JsonValue]:
     """What the new version is a hash of: what went in, and what was left out."""
-    left_out: list[JsonValue] = [
-        [source.revision, document_id] for source in sources for document_id in source.left_out(rewriting.keep)
-    ]
+    manifest = store.manifest
+    keep, revision = rewriting.keep, manifest.revision
+    left_out: list[JsonValue] = [[s.revision, document_id] for s in sources for document_id in s.left_out(keep)]
+    held_out: list[JsonValue] = [d.id for d in store.held_out_documents() if not keeps_held_out(keep, d.id, revision)]
     return {
         "format_version": 1,
         "compacted_from": rewriting.source,
         "revision": rewriting.revision,
         "segments": [[record.revision, record.sha256] for record in rewriting.segments],
-        "left_out": version_of({"copies": left_out}),
+        "left_out": version_of({"copies": left_out, "held_out": held_out}),
         "forget": rewriting.forget,
         "shard_entries": _shard_entries(manifest),
         TRAINED_ENTRIES: chosen.trained_entries,

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
 from knnlm_core.datastore.canaries import canaries_of
-from knnlm_core.datastore.carried import whole_document
+from knnlm_core.datastore.carried import TAIL_SUFFIX, whole_document
 from knnlm_core.datastore.copies import Keep, Source
 from knnlm_core.datastore.reader import Datastore
 
@@ -95,6 +95,12 @@ class Gathering:
         if canaries is not None:
             rows = [row for row, document in enumerate(canaries.documents) if is_among(self._ids, document)]
             self._queries[store.dim].append(as_bytes(canaries.queries[rows].numpy()))
+
+    def held_out_by(self, store: Datastore) -> set[str]:
+        """Which of the documents a version keeps, in part or whole, for calibration and self-tests."""
+        canaries = canaries_of(store)
+        named = {d.id for d in store.held_out_documents()} | set(canaries.documents if canaries is not None else ())
+        return {id_ for id_ in self._ids if id_ in named or id_ + TAIL_SUFFIX in named}
 
     def traces(self) -> Traces:
         """All that was gathered."""

@@ -31,6 +31,7 @@ STATUS: dict[type[e.KnnlmError], tuple[int, str]] = {
     e.DatastoreBudget: (409, "conflict_error"),
     e.DatastoreReadOnly: (409, "conflict_error"),
     e.DocumentExists: (409, "conflict_error"),
+    e.VerifyFailed: (409, "conflict_error"),
     e.NotReady: (503, "service_unavailable_error"),
     e.Overloaded: (503, "service_unavailable_error"),
     e.RateLimited: (429, "rate_limit_error"),

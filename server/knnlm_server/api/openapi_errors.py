@@ -13,8 +13,8 @@ from knnlm_server.settings import ServerSettings
 
 Json = dict[str, Any]
 
-# A build's errors are never sent; a request that was cancelled has nobody left to read its answer.
-_NEVER_SENT = (e.CorpusError, e.BuildError, e.RequestCancelled)
+# Nothing is built here; a request that was cancelled has nobody left to read its answer.
+_NEVER_SENT = (e.CorpusError, e.BuildConflict, e.DatastoreDoesNotHelp, e.RequestCancelled)
 
 
 def error_responses() -> Json:

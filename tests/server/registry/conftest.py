@@ -22,15 +22,15 @@ Open = Callable[..., Registry]
 
 
 @pytest.fixture(scope="session")
-def _published(tmp_path_factory: pytest.TempPathFactory) -> Stores:
+def published_stores(tmp_path_factory: pytest.TempPathFactory) -> Stores:
     return publish_stores(tmp_path_factory.mktemp("registry") / "datastores")
 
 
 @pytest.fixture
-def stores(_published: Stores, tmp_path: Path) -> Stores:
+def stores(published_stores: Stores, tmp_path: Path) -> Stores:
     """`law` in three versions, the last one current, and `news` in one."""
-    root = Path(shutil.copytree(_published.root, tmp_path / "datastores"))
-    return _published._replace(root=root)
+    root = Path(shutil.copytree(published_stores.root, tmp_path / "datastores"))
+    return published_stores._replace(root=root)
 
 
 @pytest.fixture

@@ -173,9 +173,10 @@ def test_progress_tells_every_stage_from_nothing_to_everything(open_registry: Op
         assert done[-1][0] == done[-1][1] > 0
         assert done == sorted(done)
         assert len({total for _, total in done}) == 1
-    assert next(total for stage, _, total in told if stage is Stage.VERIFY) == registry.status(
-        "law"
-    ).datastore.manifest.num_bytes
+    assert (
+        next(total for stage, _, total in told if stage is Stage.VERIFY)
+        == registry.status("law").datastore.manifest.num_bytes
+    )
 
 
 def test_files_are_read_in_full_once_per_version_and_machine(

@@ -176,11 +176,11 @@ class KnnBody(ClosedBody):
             self._check_neighbors()
 
     def _check_stores(self) -> None:
+        if any(not store.name for store in self.stores):
+            raise InvalidParameter(
+                "`knn.datastore` must be the name of a loaded datastore, got ''", param="knn.datastore"
+            )
         if not isinstance(self.datastore, list):
-            if self.datastore == "":
-                raise InvalidParameter(
-                    "`knn.datastore` must be the name of a loaded datastore, got ''", param="knn.datastore"
-                )
             return
         if not 1 <= len(self.datastore) <= MAX_SOURCES:
             raise InvalidParameter(

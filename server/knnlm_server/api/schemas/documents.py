@@ -29,22 +29,14 @@ class DocumentBody(ClosedBody):
     uri: Text | None = None
     title: Text | None = None
     licence: Text | None = None
-    tags: Annotated[list[Text], Field(fail_fast=True), shown(maxItems=MAX_TAGS)] = []
+    tags: Annotated[list[Text], Field(fail_fast=True), shown(maxItems=MAX_TAGS)] = Field(default_factory=list)
 
 
 class LearnBody(ClosedBody):
     """``POST /v1/datastores/{name}/documents``."""
 
-    documents: Annotated[
-        list[DocumentBody], Field(fail_fast=True), shown(minItems=1, maxItems=MAX_LEARNED_DOCUMENTS)
-    ]
+    documents: Annotated[list[DocumentBody], Field(fail_fast=True), shown(minItems=1, maxItems=MAX_LEARNED_DOCUMENTS)]
     update: Off = Field(default=False, description="Replace documents whose id is there already.")
-
-
-class PurgeBody(ClosedBody):
-    """``POST /v1/datastores/{name}/purge``."""
-
-    documents: Annotated[list[NonEmpty], Field(fail_fast=True), shown(minItems=1, maxItems=MAX_LEARNED_DOCUMENTS)]
 
 
 class LearnedDocument(BaseModel):
