@@ -86,7 +86,7 @@ def _draw(axes: Any, figures: dict[int, dict[str, float]]) -> None:
 def _swaps(client: Client, name: str, versions: tuple[str, str]) -> dict[str, float]:
     def complete() -> tuple[float, str]:
         started = time.perf_counter()
-        answer = client.complete("The", model=f"{MODEL}@{name}", max_tokens=1, knn=KNN)
+        answer = client.completions("The", model=f"{MODEL}@{name}", max_tokens=1, knn=KNN)
         assert answer.system_fingerprint is not None
         return time.perf_counter() - started, answer.system_fingerprint
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+_RECALL = (0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999, 1)
 _TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5)
 
 
@@ -45,6 +46,20 @@ class EngineMetrics:
         )
         self.request_seconds = Histogram(
             "knnlm_request_seconds", "From submission to the end.", ["kind"], buckets=_SECONDS, registry=self.registry
+        )
+
+        self.shadow_recall = Histogram(
+            "knnlm_shadow_recall",
+            "Share of a searched token's exact nearest entries that were found, for the tokens searched again exactly.",
+            buckets=_RECALL,
+            registry=self.registry,
+        )
+        self.shadow_dropped = Counter(
+            "knnlm_shadow_dropped",
+            "Tokens that were to be searched again exactly and were not: the queue was full, the datastore was about "
+            "to be closed, or the search failed.",
+            ["reason"],
+            registry=self.registry,
         )
 
     def count_retrievals(self, searched: int, skipped: int) -> None:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from small_store import WORD, Plan, build, random_keys
 
+
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.calibration import Calibration, calibration_id, write_calibration
 from knnlm_core.datastore.canaries import RECORDED_RECALL, write_canaries
@@ -92,7 +93,7 @@ def publish_store(
 
 
 def new_document(document_id: str, entries: int, seed: int) -> NewDocument:
-    text = "".join(f"{(seed + i) % 10}{WORD[1:]}" for i in range(entries + 1))
+    text = "".join(f"{seed:02}{i:05} " for i in range(entries + 1))  # of words of the same length, and nobody else's
     starts = (np.arange(entries) + 1) * len(WORD)
     return NewDocument(
         Document(document_id, text, f"https://example.org/{document_id}", "Learned", "CC0", ("new",)),

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_segments import NAME, new_document, tail_folders, teach
 
+from knnlm_core.datastore import ledger_file
 from knnlm_core.datastore.ledger import LedgerState, SegmentRecord, append_audit, ledger_lock, read_ledger
 from knnlm_core.errors import (
     DatastoreBusy,
@@ -272,6 +273,19 @@ def test_a_ledger_that_is_no_regular_file_is_refused(root: Path, make: Callable[
     make(root / NAME / "LEDGER")
     with pytest.raises(DatastoreCorrupt, match="LEDGER must be a regular file"):
         read_ledger(root, NAME)
+
+
+def test_a_reader_that_meets_the_first_writer_sees_its_ledger(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    look_for_traces = ledger_file._trace
+
+    def write_meanwhile(folder: Path) -> Path | None:
+        monkeypatch.setattr(ledger_file, "_trace", look_for_traces)
+        with ledger_lock(root, NAME) as writer:
+            teach(writer, new_document("a", 1))
+        return look_for_traces(folder)
+
+    monkeypatch.setattr(ledger_file, "_trace", write_meanwhile)
+    assert read_ledger(root, NAME).learned == {"a": 1}
 
 
 @pytest.mark.parametrize("trace", ["audit.jsonl", "tail/0000000000000001"])

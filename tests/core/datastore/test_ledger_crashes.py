@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -225,41 +226,52 @@ def test_a_disk_that_fails_at_any_file_operation_loses_nothing(
     assert crash_at > 40
 
 
-def test_everything_is_on_the_disk_before_the_ledger_says_so(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("before", [0, 4])
+def test_everything_is_on_the_disk_before_the_ledger_says_so(
+    root: Path, monkeypatch: pytest.MonkeyPatch, before: int
+) -> None:
     """What a power cut could undo: file contents before their fsync, names before that of their folder."""
-    for _ in range(4):
+    for _ in range(before):
         perform_next(root)
-    synced = set[tuple[int, int]]()  # inode and time of the last change
-    fsync, rename, replace = os.fsync, os.rename, os.replace
+    synced = set[tuple[int, int]]()  # inode and time of its last change
+    changed = set[int]()  # inodes of folders in which a name is new
+    fsync, mkdir, rename, replace = os.fsync, os.mkdir, os.rename, os.replace
     renamed: list[str] = []
 
+    def last_change(status: os.stat_result) -> tuple[int, int]:
+        return (status.st_ino, status.st_ctime_ns if stat.S_ISDIR(status.st_mode) else status.st_mtime_ns)
+
     def is_on_disk(path: Path) -> bool:
-        status = path.stat()
-        return (status.st_ino, status.st_ctime_ns if path.is_dir() else status.st_mtime_ns) in synced
+        return last_change(path.stat()) in synced
 
     def note_fsync(descriptor: int) -> None:
         fsync(descriptor)
-        status = os.fstat(descriptor)
-        is_folder = os.path.isdir(f"/proc/self/fd/{descriptor}")
-        synced.add((status.st_ino, status.st_ctime_ns if is_folder else status.st_mtime_ns))
+        synced.add(last_change(os.fstat(descriptor)))
+        changed.discard(os.fstat(descriptor).st_ino)
+
+    def note_mkdir(path: Path, mode: int = 0o777) -> None:
+        mkdir(path, mode)
+        changed.add(path.parent.stat().st_ino)
 
     def checked_rename(source: Path, target: Path) -> None:
         assert all(is_on_disk(path) for path in (source, *source.iterdir()))
         rename(source, target)
+        changed.add(target.parent.stat().st_ino)
         renamed.append(target.name)
 
     def checked_replace(source: Path, target: Path) -> None:
         assert is_on_disk(source)
         if target.name == "LEDGER":
-            # The rename changed the segment's folder itself; its entries were on the disk before.
-            assert is_on_disk(root / NAME / "tail")
-            assert set(renamed) <= set(tail_folders(root))
+            assert not changed
         replace(source, target)
+        changed.add(target.parent.stat().st_ino)
 
-    monkeypatch.setattr(os, "fsync", note_fsync)
-    monkeypatch.setattr(os, "rename", checked_rename)
-    monkeypatch.setattr(os, "replace", checked_replace)
-    assert perform_next(root) == 5
-    assert renamed == ["0000000000000005"]
+    for name, function in (
+        ("fsync", note_fsync), ("mkdir", note_mkdir), ("rename", checked_rename), ("replace", checked_replace),
+    ):  # fmt: skip
+        monkeypatch.setattr(os, name, function)
+    revision = perform_next(root)
+    assert revision == before + 1
+    assert renamed == [f"{revision:016d}"]
     assert is_on_disk(root / NAME)
     assert is_on_disk(root / NAME / "audit.jsonl")

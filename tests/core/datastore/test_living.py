@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from small_store import WORD, Plan, open_new, random_keys, reference
 
 from knnlm_core.datastore.documents import Document
+from knnlm_core.datastore.index import ivf_spec
 from knnlm_core.datastore.living import LivingName
 from knnlm_core.datastore.overlap import longest_matches
 from knnlm_core.datastore.reader import Datastore
@@ -225,6 +226,48 @@ def test_a_deletion_during_a_request_reaches_its_snapshot(tmp_path: Path) -> Non
         assert living.snapshot(store).revision == 1
 
 
+@pytest.mark.parametrize("where", ["IVF_SQfp16", "SQfp16", "learned"])
+def test_none_of_10000_queries_finds_a_deleted_document_that_they_found(tmp_path: Path, where: str) -> None:
+    dim, sizes = 16, (2_000, 500, 1_500)
+    keys = random_keys(sum(sizes), dim)
+    spec = ivf_spec(16, nprobe=4, train_vectors=640) if where == "IVF_SQfp16" else None
+    with open_new(tmp_path, Plan(keys, cuts=(2_200,), document_sizes=sizes, spec=spec)) as store:
+        living = LivingName(tmp_path, "law")
+        if where == "learned":
+            living.add([new_document("doc/1", keys[2_000:2_500])], living.snapshot(store), replace=True)
+        snapshot = living.snapshot(store)
+        first, stop = snapshot.document_entries("doc/1")
+        draw = np.random.default_rng(1)
+        near = snapshot.keys(torch.arange(first, stop)).numpy()[draw.integers(0, stop - first, 10_000)]
+        queries = torch.from_numpy(near + 0.05 * draw.standard_normal(near.shape).astype(np.float32))
+
+        def finds(view: Snapshot, method: str) -> np.ndarray:
+            found = getattr(view, method)(queries, 8).entry_ids
+            return ((found >= first) & (found < stop)).any(dim=1).numpy()
+
+        for method in ("search", "search_exact"):
+            assert finds(snapshot, method).mean() > 0.999
+        living.delete(["doc/1"])
+        again = Datastore.open(tmp_path, "law")
+        views = {
+            "pinned": snapshot,
+            "new": living.snapshot(store),
+            "reopened": LivingName(tmp_path, "law").snapshot(again),
+        }
+        for view in views.values():
+            for method in ("search", "search_exact"):
+                assert not finds(view, method).any()
+            # One by one, as decoding asks: another path than that of many queries.
+            assert not any(
+                first <= entry < stop
+                for query in queries[:200]
+                for entry in view.search(query[None], 8).entry_ids[0].tolist()
+            )
+            assert view.locate(range(first, stop)) == [None] * (stop - first)
+            assert set(view.next_entry(torch.arange(first, stop)).tolist()) == {-1}
+        again.close()
+
+
 def test_deleted_text_is_no_overlap(tmp_path: Path) -> None:
     values = np.arange(30)
     with open_new(tmp_path, Plan(random_keys(30, 4), values=values, document_sizes=(10, 20))) as store:
@@ -240,8 +283,8 @@ def test_deleted_text_is_no_overlap(tmp_path: Path) -> None:
 def test_what_a_segment_claims_wrongly_is_refused_and_nothing_changes(tmp_path: Path) -> None:
     with open_new(tmp_path, Plan(random_keys(30, 4))) as store:
         living = LivingName(tmp_path, "law")
+        two = [new_document("a", random_keys(2, 4)), new_document("a", random_keys(2, 4))]
         with pytest.raises(InvalidParameter, match="each id once"):
-            two = [new_document("a", random_keys(2, 4)), new_document("a", random_keys(2, 4))]
             living.add(two, living.snapshot(store))
         living.add([new_document("a", random_keys(2, 4))], living.snapshot(store))
         other = LivingName(tmp_path, "law")

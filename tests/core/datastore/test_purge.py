@@ -36,7 +36,7 @@ from knnlm_core.datastore.calibration import read_calibration
 from knnlm_core.datastore.canaries import canaries_of, self_test
 from knnlm_core.datastore.compact import compact
 from knnlm_core.datastore.history import read_history
-from knnlm_core.datastore.index import EXACT_UP_TO
+from knnlm_core.datastore.index import EXACT_UP_TO, ivf_spec
 from knnlm_core.datastore.ledger_file import read_ledger
 from knnlm_core.datastore.purge import purge
 from knnlm_core.datastore.reader import Datastore
@@ -184,13 +184,11 @@ def test_a_purged_document_stays_away_after_a_rollback_and_a_rebuild(tmp_path: P
 
 def test_lists_are_trained_anew(tmp_path: Path) -> None:
     """Centroids are means of keys, of purged ones too; here one is exactly a key."""
-    n = EXACT_UP_TO + 2_000
+    n, secret = EXACT_UP_TO + 7_000, 5_000
     keys = np.random.default_rng(0).standard_normal((n, DIM)).astype(np.float16)
-    keys[-1] = 60  # far from everything: a list of its own
-    from knnlm_core.datastore.index import ivf_spec
-
+    keys[-secret:] = 60  # far from everything: a list of their own
     spec = ivf_spec(64, nprobe=8, train_vectors=n)
-    version = publish_store(tmp_path, keys=keys, sizes=(n - 600, 599, 1), cuts=(), spec=spec)
+    version = publish_store(tmp_path, keys=keys, sizes=(n - secret - 500, 500, secret), cuts=(), spec=spec)
 
     def centroids(version: str) -> np.ndarray:  # type: ignore[type-arg]
         path = layout.version_folder(tmp_path, NAME, version) / layout.TRAINED
@@ -310,20 +308,19 @@ def test_a_leftover_inside_a_rewritten_version_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
     """As if rewriting had a defect: what it made is changed before the proof looks at it; sizes stay the same."""
-    from knnlm_core.datastore.index import ivf_spec
-
-    keys = random_keys(50_400, DIM, 1)
-    sizes = (50_000, 380, 20)
-    publish_store(tmp_path, keys=keys, sizes=sizes, cuts=(), spec=ivf_spec(16, nprobe=16, train_vectors=1_000))
+    many = EXACT_UP_TO if file == layout.TRAINED else 500  # a version of few entries has no lists
+    keys = random_keys(many + 400, DIM, 1)
+    spec = ivf_spec(16, nprobe=16, train_vectors=many) if file == layout.TRAINED else None
+    publish_store(tmp_path, keys=keys, sizes=(many, 380, 20), cuts=(), spec=spec)
     real = purge_module.prove
 
     def prove_after_planting(root: Path, name: str, *rest: object) -> object:
         folder = layout.version_folder(root, name, layout.read_current(root, name).version)
         shard = folder / "shard-00000"
         if file in {layout.KEYS, layout.INDEX}:
-            _patch_bytes(shard / file, keys[7].tobytes(), keys[50_385].tobytes())
+            _patch_bytes(shard / file, keys[7].tobytes(), keys[-15].tobytes())
         elif file == layout.VALUES:
-            values = np.arange(50_380, 50_400).astype(np.int32) % 500
+            values = np.arange(many + 380, many + 400).astype(np.int32) % 500
             content = bytearray((shard / file).read_bytes())
             at = content.find((np.arange(40).astype(np.int32) % 500).tobytes())
             content[at : at + 80] = values.tobytes()
@@ -331,7 +328,7 @@ def test_a_leftover_inside_a_rewritten_version_is_found(
         elif file == layout.TRAINED:
             index = faiss.read_index(str(folder / file))
             centroid = faiss.downcast_index(index.quantizer).reconstruct_n(0, 1)
-            _patch_bytes(folder / file, centroid.tobytes(), keys[50_385].astype(np.float32).tobytes())
+            _patch_bytes(folder / file, centroid.tobytes(), keys[-15].astype(np.float32).tobytes())
         else:
             monkeypatch.setattr("knnlm_core.datastore.purge_proof.read_documents", lambda path: [document(2, 20)])
         return real(root, name, *rest)  # type: ignore[arg-type]

@@ -176,7 +176,8 @@ class RegistryMachine(RuleBasedStateMachine):
         name, model = self.name_of(word), self.meant(word)
         labels = Labels(aliases, default)
         if model is None:
-            self._fails(DatastoreNotFound, lambda: self.registry.load(word, labels=labels))
+            error = DatastoreConflict if word in (aliases or ()) else DatastoreNotFound
+            self._fails(error, lambda: self.registry.load(word, labels=labels))
             return
         version = None if number is None else self.versions[name][number % len(self.versions[name])]
         if self._load(name, version or model.current, lambda: self.registry.load(word, version, labels=labels)):

@@ -10,8 +10,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     StringConstraints,
+    Tag,
     WithJsonSchema,
     model_validator,
 )
@@ -90,14 +92,25 @@ class WeightedDatastore(ClosedBody):
     )
 
 
+# Told apart by a look, so that what is wrong in a list is said of the list; the tags are what a union would say.
+_Datastores = Annotated[
+    Annotated[str, shown(minLength=1), Tag("str")]
+    | Annotated[
+        list[WeightedDatastore],
+        Field(fail_fast=True),
+        shown(minItems=1, maxItems=MAX_SOURCES),
+        Tag("list[WeightedDatastore]"),
+    ],
+    Discriminator(lambda given: "list[WeightedDatastore]" if isinstance(given, list) else "str"),
+]
+
+
 class KnnBody(ClosedBody):
     """How this request retrieves; what is left out comes from the datastore's calibration."""
 
-    datastore: (
-        Annotated[str, shown(minLength=1)]
-        | Annotated[list[WeightedDatastore], Field(fail_fast=True), shown(minItems=1, maxItems=MAX_SOURCES)]
-        | None
-    ) = Field(default=None, description="A loaded datastore, by name or alias, or several to be mixed.")
+    datastore: _Datastores | None = Field(
+        default=None, description="A loaded datastore, by name or alias, or several to be mixed."
+    )
     mixture: Annotated[str, shown(enum=list(Fusion))] | None = Field(
         default=None,
         description="Of several datastores: `distributions` gives each its own τ and λ, `neighbors` puts the "
