@@ -40,7 +40,7 @@ from knnlm_core.datastore.manifest import (
     version_of,
 )
 from knnlm_core.datastore.publish import publish, set_current
-from knnlm_core.datastore.reader import Datastore
+from knnlm_core.datastore.reader import Datastore, find_version
 from knnlm_core.errors import DatastoreDoesNotHelp, DatastoreNotFound, EmptyCorpus
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.loading import LoadOptions, load_lm
@@ -245,13 +245,11 @@ def _publish(
 
 def _already_published(settings: BuildSettings, version: str, reporter: Reporter) -> BuildResult:
     """The same inputs were published before: make that version current again if it is not."""
-    store = Datastore.open(settings.output, settings.name, version)
-    calibration, entries = store.calibration, store.entries
-    store.close()
+    _, manifest, calibration = find_version(settings.output, settings.name, version)
     if not _is_current(settings, version):
         set_current(settings.output, settings.name, version, calibration.id if calibration else None)
     reporter.say(f"{settings.name} version {version} is published already: the same text, settings and model")
-    return BuildResult(settings.name, version, entries, calibration, was_published=True)
+    return BuildResult(settings.name, version, manifest.entries, calibration, was_published=True)
 
 
 def _is_current(settings: BuildSettings, version: str) -> bool:

@@ -136,7 +136,12 @@ def build_backend(state: Service) -> Backend:
     registry = Registry(
         settings.datastores,
         lm.identity,
-        RegistryConfig(_verified_folder(), settings.state_file, settings.datastore_bytes),
+        RegistryConfig(
+            verified=_verified_folder(),
+            state=settings.state_file,
+            max_bytes=settings.datastore_bytes,
+            keep_versions=settings.keep_versions,
+        ),
     )
     try:
         restore(registry, Wishes(settings.load, settings.aliases, settings.default_datastore), state.wait_for_datastore)

@@ -57,6 +57,12 @@ class ServerSettings(BaseSettings):
         description="Bound on all loaded datastores in bytes, those that drain included; one more is answered 409. By "
         "default unlimited.",
     )
+    keep_versions: int | None = Field(
+        default=None,
+        ge=1,
+        description="Versions of each datastore that stay on the disk after a swap, besides those in use; by default "
+        "all of them.",
+    )
     served_model_name: str | None = Field(
         default=None, description="Name under which the LM is served; by default its last path component."
     )

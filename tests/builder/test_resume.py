@@ -106,7 +106,7 @@ def test_a_killed_build_publishes_nothing_and_the_next_run_completes_it(
             assert (store.folder / path.parent.name / path.name).stat().st_mtime_ns == written
         assert dict(recorder.stages)["Encode"] == (store.entries, store.entries)
     assert sorted(path.name for path in home.iterdir()) == sorted(
-        ["CURRENT", "build.lock", "calibrations", result.version]
+        ["CURRENT", "HISTORY", "build.lock", "calibrations", result.version]
     )
     assert len(layout.calibration_ids(tmp_path, "law")) == 1
 

@@ -226,12 +226,19 @@ DATASTORE: dict[str, Any] = {
     "name": "law",
     "version": "v3",
     "generation": 2,
+    "revision": 5,
     "state": "serving",
     "entries": 50_000,
     "bytes": 61_000_000,
     "unit": "token",
     "documents": 120,
+    "learned_documents": 3,
+    "deleted_documents": 2,
     "leases": 1,
+    "aliases": ["statutes"],
+    "follows_current": True,
+    "previous": "v2",
+    "self_test": {"queries": 8, "recall_at_32": 0.98, "needed": 0.95},
     "calibration": {"knn_temperature": 12.0, "lambda": 0.25},
     "model_fingerprint": "4f1c",
 }
@@ -242,7 +249,22 @@ MODELS: dict[str, Any] = {
         {"id": "smollm2@law", "object": "model", "created": 1_790_000_000, "owned_by": "knnlm", "parent": "smollm2"},
     ],
 }
-DATASTORES: dict[str, Any] = {"object": "list", "data": [DATASTORE], "published": ["medicine"]}
+DATASTORES: dict[str, Any] = {
+    "object": "list",
+    "data": [DATASTORE],
+    "published": ["medicine"],
+    "aliases": {"statutes": "law"},
+    "default": "law",
+    "bytes_used": 61_000_000,
+    "bytes_limit": None,
+    "persistent": True,
+}
+LOAD_EVENTS: list[dict[str, Any]] = [
+    {"object": "datastore.progress", "stage": "verify", "done": 0, "total": 61_000_000},
+    {"object": "datastore.progress", "stage": "verify", "done": 61_000_000, "total": 61_000_000},
+    {"object": "datastore.progress", "stage": "swap", "done": 0, "total": 1},
+    DATASTORE,
+]
 
 
 def sse(*bodies: dict[str, Any]) -> list[bytes]:

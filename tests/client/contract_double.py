@@ -21,6 +21,7 @@ from contract_bodies import (
     DATASTORE,
     DATASTORES,
     DONE,
+    LOAD_EVENTS,
     MODELS,
     NEIGHBORS,
     READY,
@@ -188,7 +189,13 @@ def _routes(double: ContractDouble) -> FastAPI:
 
     @app.put("/v1/datastores/{name}")
     async def load_datastore(name: str, request: Request) -> Response:
-        return JSONResponse(DATASTORE | {"name": name, "version": (await request.json())["version"]}, 201)
+        body = await request.json()
+        loaded = DATASTORE | {"name": name, "version": body["version"]}
+        return await answer(request, loaded, [*sse(*LOAD_EVENTS), DONE], "text/event-stream")
+
+    @app.post("/v1/datastores/{name}/rollback")
+    async def roll_back_datastore(name: str) -> Response:
+        return JSONResponse(DATASTORE | {"name": name, "version": DATASTORE["previous"]})
 
     @app.delete("/v1/datastores/{name}")
     async def unload_datastore(name: str) -> Response:

@@ -12,6 +12,7 @@ from contract_bodies import (
     CHUNKS,
     COMPLETION,
     DATASTORE,
+    LOAD_EVENTS,
     MODELS,
     NEIGHBORS,
     SCORE,
@@ -46,7 +47,7 @@ from knnlm_client import (
     TokenizerInfo,
     WeightedDatastore,
 )
-from knnlm_client.responses import ScoreLine
+from knnlm_client.responses import LoadEventBody, ScoreLine
 
 ALL_COMPLETION_OPTIONS: StreamCompletionOptions = {
     "max_tokens": 8,
@@ -259,7 +260,15 @@ OPERATIONS: dict[str, tuple[Callable[[Any], Any], str, str, Any, Any]] = {
         "GET",
         "/v1/datastores",
         None,
-        DatastoreList(loaded=(Datastore.model_validate(DATASTORE),), published=("medicine",)),
+        DatastoreList(
+            loaded=(Datastore.model_validate(DATASTORE),),
+            published=("medicine",),
+            aliases={"statutes": "law"},
+            default="law",
+            bytes_used=61_000_000,
+            bytes_limit=None,
+            persistent=True,
+        ),
     ),
     "datastores.get": (
         lambda c: c.datastores.get("law"),
@@ -281,6 +290,27 @@ OPERATIONS: dict[str, tuple[Callable[[Any], Any], str, str, Any, Any]] = {
         "/v1/datastores/law",
         {"version": "v4"},
         Datastore.model_validate(DATASTORE | {"version": "v4"}),
+    ),
+    "datastores.load with aliases as default": (
+        lambda c: c.datastores.load("law", aliases=("statutes", "acts"), default=True),
+        "PUT",
+        "/v1/datastores/law",
+        {"version": "current", "aliases": ["statutes", "acts"], "default": True},
+        Datastore.model_validate(DATASTORE | {"version": "current"}),
+    ),
+    "datastores.load without aliases": (
+        lambda c: c.datastores.load("law", aliases=[], default=False),
+        "PUT",
+        "/v1/datastores/law",
+        {"version": "current", "aliases": [], "default": False},
+        Datastore.model_validate(DATASTORE | {"version": "current"}),
+    ),
+    "datastores.rollback": (
+        lambda c: c.datastores.rollback("law"),
+        "POST",
+        "/v1/datastores/law/rollback",
+        None,
+        Datastore.model_validate(DATASTORE | {"version": "v2"}),
     ),
     "datastores.unload": (lambda c: c.datastores.unload("law"), "DELETE", "/v1/datastores/law", None, None),
 }
@@ -307,5 +337,12 @@ STREAMS: dict[str, tuple[Callable[[Any], Any], str, dict[str, Any], Any, list[di
         {"input": ["one", "two"], "model": "smollm2", **SCORE_OPTIONS, "knn": {"datastore": "law"}},
         ScoreLine,
         SCORE_EVENTS,
+    ),
+    "datastores.stream_load": (
+        lambda c: c.datastores.stream_load("law", "v3", aliases=["statutes"], default=True),
+        "/v1/datastores/law",
+        {"version": "v3", "aliases": ["statutes"], "default": True},
+        LoadEventBody,
+        LOAD_EVENTS,
     ),
 }

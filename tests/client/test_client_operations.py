@@ -21,6 +21,7 @@ from contract_bodies import (
     COMPLETION,
     DATASTORE,
     DATASTORES,
+    LOAD_EVENTS,
     NEIGHBORS,
     READY,
     SCORE,
@@ -72,7 +73,7 @@ from knnlm_client import (
     UnexpectedResponse,
     __version__,
 )
-from knnlm_client.responses import DatastoreListBody, ReadyBody, ScoreLine
+from knnlm_client.responses import DatastoreListBody, LoadEventBody, ReadyBody, ScoreLine
 
 CLIENT_FOLDER = Path(__file__).parents[2] / "clients" / "python"
 
@@ -93,7 +94,7 @@ def test_every_operation_of_the_clients_is_compared() -> None:
     methods = {name for name in public_methods(Client) if name != "close"}
     methods |= {f"datastores.{name}" for name in public_methods(Datastores)}
     assert {name.split()[0] for name in OPERATIONS | STREAMS} == methods
-    assert set(STREAMS) == {name for name in methods if name.startswith("stream_")}
+    assert set(STREAMS) == {name for name in methods if name.removeprefix("datastores.").startswith("stream_")}
 
 
 def public_methods(cls: type) -> dict[str, inspect.Signature]:
@@ -194,6 +195,10 @@ def test_none_is_left_to_the_server_and_not_sent(double: ContractDouble, client:
         lambda c: c.datastores.get(""),
         lambda c: c.datastores.unload(".."),
         lambda c: c.datastores.load("law", version=7),
+        lambda c: c.datastores.load("law", aliases="statutes"),
+        lambda c: c.datastores.load("law", aliases=[1]),
+        lambda c: c.datastores.stream_load("law", default="yes, please"),
+        lambda c: c.datastores.rollback(""),
     ],
 )
 def test_what_cannot_be_sent_is_refused_before_sending(
@@ -228,6 +233,7 @@ def test_lambda_is_called_lmbda_in_python_and_lambda_on_the_wire() -> None:
         (Tokenization, TOKENIZATION),
         (TokenizerInfo, TOKENIZER_INFO),
         (Datastore, DATASTORE),
+        *((LoadEventBody, event) for event in LOAD_EVENTS),
         (DatastoreListBody, {name: value for name, value in DATASTORES.items() if name != "object"}),
         (ReadyBody, READY),
     ],
@@ -246,6 +252,9 @@ def test_an_answer_survives_being_written_out_again(model: type[BaseModel], body
         (ScoreLine, SCORE_EVENTS[1]),
         (NeighborsResponse, NEIGHBORS),
         (TokenizerInfo, TOKENIZER_INFO),
+        (Datastore, DATASTORE),
+        (DatastoreListBody, {name: value for name, value in DATASTORES.items() if name != "object"}),
+        (LoadEventBody, LOAD_EVENTS[0]),
         (ReadyBody, READY),
     ],
 )
@@ -290,6 +299,7 @@ def test_the_loaded_datastores_are_a_sequence_that_knows_what_is_published(clien
     assert (len(listed), listed[0], listed[-1:]) == (1, listed.loaded[0], listed.loaded)
     assert listed.loaded[0] in listed
     assert listed.published == ("medicine",)
+    assert (listed.aliases, listed.default, listed.persistent) == ({"statutes": "law"}, "law", True)
 
 
 def test_a_ready_server_says_how_busy_it_is(double: ContractDouble, client: Client) -> None:
@@ -345,7 +355,7 @@ def test_a_path_before_the_api_is_kept(double: ContractDouble) -> None:
     assert [seen.path for seen in double.seen] == ["/team/v1/models"]
 
 
-CHANGING = ["datastores.load", "datastores.unload"]
+CHANGING = ["datastores.load", "datastores.rollback", "datastores.unload"]
 READING = sorted({name for name in OPERATIONS if " " not in name} - set(CHANGING))
 
 

@@ -31,7 +31,9 @@ def test_the_example_runs(title: str, double: ContractDouble, capsys: pytest.Cap
         "Score much, with progress": "4 of 9 tokens\n1 act-7 1.25\n7 of 9 tokens\n0 act-7 1.25\nall: 36.5\n",
         "See what the datastore retrieves": "Act 7: The buyer[ shall] pay the price.\n' shall': p_knn=0.750 p_lm=0.500",
         "Count tokens": "2 of 2048 ['The', ' shall']\n2\nThe shall <|endoftext|>\n",
-        "Change datastores while the server runs": "['law'] loaded, and could be: ('medicine',)\ncurrent 2 50000\n",
+        "Change datastores while the server runs": "['law'] loaded, and could be: ('medicine',)\ncurrent 2 50000\n"
+        "['smollm2', 'smollm2@law']\nv2\n",
+        "Load a datastore, with progress": "verify: 61000000 of 61000000\nswap: 0 of 1\n['statutes'] mean law\n",
         "In an event loop": "['The shall', 'The shall']",
         "Errors": "try again in 3.0 s",
         "Watch the server": "3 2 1\n",

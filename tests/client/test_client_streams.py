@@ -18,6 +18,8 @@ from knnlm_client import (
     Client,
     CompletionChunk,
     ConnectionFailed,
+    Datastore,
+    DatastoreProgress,
     EngineFailure,
     KnnlmClientError,
     ModelNotFound,
@@ -60,7 +62,12 @@ BROKEN = {"error": {"message": "step failed", "type": "server_error", "param": N
 
 
 # Of each stream: how bodies become pieces, and how an answer of this kind ends.
-WIRES = {"stream_completions": (sse, DONE), "stream_chat": (sse, DONE), "stream_score": (ndjson, b"")}
+WIRES = {
+    "stream_completions": (sse, DONE),
+    "stream_chat": (sse, DONE),
+    "stream_score": (ndjson, b""),
+    "datastores.stream_load": (sse, DONE),
+}
 
 
 def broken_streams() -> Iterator[tuple[str, StreamScript | None, type[KnnlmClientError]]]:
@@ -212,6 +219,26 @@ def test_progress_arrives_line_by_line(double: ContractDouble, client: Client) -
             allowed.release()  # the server sends this one only, so a client that waits for more would time out
             assert next(stream) == ScoreLine.model_validate(expected).root
         assert list(stream) == []
+
+
+# -- a streamed load -------------------------------------------------------------------------------------------------
+
+
+def test_a_streamed_load_tells_its_progress_and_ends_with_the_datastore(double: ContractDouble) -> None:
+    with (
+        Client(double.url, api_key="user-key", admin_key="admin-key") as client,
+        client.datastores.stream_load("law") as stream,
+    ):
+        *progress, datastore = stream
+    assert [type(event) for event in progress] == [DatastoreProgress] * 3
+    assert isinstance(datastore, Datastore)
+    assert (datastore.version, datastore.aliases) == ("v3", ["statutes"])
+    (seen,) = double.seen
+    assert (seen.method, seen.authorization, seen.body) == (
+        "PUT",
+        "Bearer admin-key",
+        {"version": "current", "stream": True},
+    )
 
 
 # -- leaving ---------------------------------------------------------------------------------------------------------

@@ -70,6 +70,13 @@ def law(published: Published) -> Iterator[Datastore]:
 
 
 @pytest.fixture(scope="session")
+def news(published: Published) -> Iterator[Datastore]:
+    """`news`, opened beside the server."""
+    with Datastore.open(published.root, "news") as datastore:
+        yield datastore
+
+
+@pytest.fixture(scope="session")
 def reference(lm_folder: Path) -> ExactReference:
     return ExactReference(lm_folder)
 

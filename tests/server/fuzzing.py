@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from live_server import LiveServer
 
+from knnlm_core.datastore.layout import published_versions
 from knnlm_core.errors import DatastoreBusy
 from knnlm_server.settings import ServerSettings
 
@@ -44,8 +45,12 @@ def fuzzed_settings(model: Path, root: Path) -> ServerSettings:
 
 @contextmanager
 def kept_loaded(server: LiveServer) -> Iterator[None]:
-    """Load again what the requests have unloaded: the cases that follow need it."""
-    done = threading.Event()
+    """Load again what the requests have unloaded, and every version once: the cases that follow need it."""
+    done, root = threading.Event(), server.service.settings.datastores
+    assert root is not None
+    for name in server.backend.registry.published():
+        for version in (*published_versions(root, name), None):  # rollbacks need another one before
+            server.backend.registry.load(name, version)
 
     def keep() -> None:
         registry = server.backend.registry

@@ -24,7 +24,7 @@ CONTEXT = {
     "names no datastore": r"needs? a datastore, and this request names none",
     "names two datastores": r"`model` names datastore .* they must agree",
     "gate that has no effect": r"`knn.gate` must be always here",
-    "reserved name": r"`name` of a datastore must be 1 to 63",
+    "reserved name": r"`name` of a datastore must be 1 to 63|`aliases` must be fit to be a datastore's name",
     "fields that must agree": r"without `echo`, got 0|`stream_options` needs|`best_of` must (be at least|equal) `n`"
     r"|`min_tokens` must be from 0 to|`top_logprobs` needs|must agree with `max_tokens`|exactly one of `prompt` and"
     r"|must not both be true|`add_special_tokens` needs|`stride` must be at least 1 and less than `window`",

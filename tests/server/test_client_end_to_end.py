@@ -755,7 +755,7 @@ def test_an_unforeseen_error_is_internal(
         raise RuntimeError("an inside that nobody may see")
 
     with monkeypatch.context() as patch:
-        patch.setattr(live_server.backend.registry, "names", failing)
+        patch.setattr(live_server.backend.registry, "statuses", failing)
         error = fails(
             lambda: caller.call(lambda client: client.models()),
             kc.InternalError,

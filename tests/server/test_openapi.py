@@ -326,18 +326,26 @@ def test_changes_of_datastores_answer_as_documented(published: Published, start_
     seen = []
     for method, name, body in (
         ("PUT", "law", {"version": published.law_old}),
-        ("PUT", "law", None),
+        ("PUT", "law", {"aliases": ["statutes"], "default": True}),
+        ("PUT", "statutes", {"stream": True}),
+        ("PUT", "absent", {"stream": True}),
+        ("PUT", "law", {"aliases": ["news"]}),
         ("GET", "law", None),
         ("PUT", "law", {"version": "x"}),
         ("PUT", "Law", None),
         ("PUT", "nope", None),
         ("DELETE", "law", None),
         ("DELETE", "law", None),
+        ("PUT", "law", None),
     ):
         response = server.http.request(method, path.format(name=name), json=body)
         check(document, response, path)
         seen.append(response.status_code)
-    assert seen == [201, 200, 200, 400, 400, 404, 200, 404]
+    assert seen == [201, 200, 200, 200, 409, 200, 400, 400, 404, 200, 404, 201]
+    for status in (200, 200, 409):
+        response = server.http.post("/v1/datastores/news/rollback" if status == 409 else "/v1/datastores/law/rollback")
+        check(document, response, "/v1/datastores/{name}/rollback")
+        assert response.status_code == status
 
 
 # -- routing -----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from knnlm_client._answers import ModelT, error_from_body, unexpected, validate
 from knnlm_client._lines import LineSplitter
 from knnlm_client._sse import EventStreamParser
 from knnlm_client.errors import StreamInterrupted
-from knnlm_client.responses import ScoreEvent, ScoreLine, ScoreTotalEvent
+from knnlm_client.responses import LoadEvent, LoadEventBody, ScoreEvent, ScoreLine, ScoreTotalEvent
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -60,6 +60,25 @@ class EventDecoder(Generic[ModelT]):
         """As `Decoder.finish`."""
         if not self._ended:
             raise _interrupted(self._response, _END_MARK)
+
+
+class LoadDecoder:
+    """Reads the events of a streamed load up to their end mark.
+
+    Raises:   UnexpectedResponse: at once, if the answer is no event stream.
+    """
+
+    def __init__(self, response: httpx.Response) -> None:
+        self._events = EventDecoder(response, LoadEventBody)
+
+    def feed(self, piece: bytes) -> Iterator[LoadEvent]:
+        """As `Decoder.feed`."""
+        for event in self._events.feed(piece):
+            yield event.root
+
+    def finish(self) -> None:
+        """As `Decoder.finish`."""
+        self._events.finish()
 
 
 class ScoreDecoder:

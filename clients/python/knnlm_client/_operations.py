@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 from urllib.parse import quote
 
 from knnlm_client._answers import ModelT, parse_body, parse_health, parse_nothing, parse_readiness
-from knnlm_client._decoders import EventDecoder, ScoreDecoder
+from knnlm_client._decoders import EventDecoder, LoadDecoder, ScoreDecoder
 from knnlm_client._prepared import Operation, PreparedRequest, StreamOperation
 from knnlm_client.requests import (
     ChatOptions,
@@ -38,6 +39,7 @@ from knnlm_client.responses import (
     DatastoreList,
     DatastoreListBody,
     Detokenization,
+    LoadEvent,
     ModelCard,
     ModelListBody,
     NeighborsResponse,
@@ -137,7 +139,15 @@ def list_datastores() -> Operation[DatastoreList]:
     prepared = PreparedRequest("GET", "/v1/datastores")
 
     def listed(body: DatastoreListBody) -> DatastoreList:
-        return DatastoreList(loaded=tuple(body.data), published=tuple(body.published))
+        return DatastoreList(
+            loaded=tuple(body.data),
+            published=tuple(body.published),
+            aliases=body.aliases,
+            default=body.default,
+            bytes_used=body.bytes_used,
+            bytes_limit=body.bytes_limit,
+            persistent=body.persistent,
+        )
 
     return Operation(prepared, lambda response: listed(parse_body(response, DatastoreListBody)))
 
@@ -147,10 +157,25 @@ def get_datastore(name: str) -> Operation[Datastore]:
     return _get(_datastore_path(name), Datastore)
 
 
-def load_datastore(name: str, version: str) -> Operation[Datastore]:
+def load_datastore(
+    name: str, version: str, aliases: Sequence[str] | None, default: bool | None
+) -> Operation[Datastore]:
     """Load a datastore, or swap it to another version."""
-    request = LoadRequest(version=version)
-    prepared = PreparedRequest("PUT", _datastore_path(name), request.body(), admin=True)
+    prepared = PreparedRequest("PUT", _datastore_path(name), _load_body(version, aliases, default), admin=True)
+    return Operation(prepared, lambda response: parse_body(response, Datastore))
+
+
+def stream_load_datastore(
+    name: str, version: str, aliases: Sequence[str] | None, default: bool | None
+) -> StreamOperation[LoadEvent]:
+    """Load a datastore, or swap it to another version, with progress."""
+    body = _load_body(version, aliases, default) | {"stream": True}
+    return StreamOperation(PreparedRequest("PUT", _datastore_path(name), body, admin=True), LoadDecoder)
+
+
+def roll_back_datastore(name: str) -> Operation[Datastore]:
+    """Swap a datastore back to the version that served before."""
+    prepared = PreparedRequest("POST", f"{_datastore_path(name)}/rollback", admin=True)
     return Operation(prepared, lambda response: parse_body(response, Datastore))
 
 
@@ -173,6 +198,13 @@ def _post_for_events(path: str, request: RequestPart, event: type[ModelT]) -> St
 
 def _prepare_stream(path: str, request: RequestPart) -> PreparedRequest:
     return PreparedRequest("POST", path, request.body() | {"stream": True})
+
+
+def _load_body(version: str, aliases: Sequence[str] | None, default: bool | None) -> dict[str, Any]:
+    if isinstance(aliases, str):
+        raise ValueError(f"`aliases` must be a list of words, got {aliases!r}")
+    given = None if aliases is None else list(aliases)
+    return LoadRequest(version=version, aliases=given, default=default).body()
 
 
 def _datastore_path(name: str) -> str:

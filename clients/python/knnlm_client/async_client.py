@@ -32,6 +32,7 @@ from knnlm_client.responses import (
     CompletionChunk,
     Datastore,
     DatastoreList,
+    LoadEvent,
     ModelCard,
     NeighborsResponse,
     Readiness,
@@ -59,7 +60,7 @@ class AsyncClient:
     ) -> None:
         self._connection = Connection(base_url, api_key=api_key, admin_key=admin_key, timeout=timeout)
         self._http = httpx.AsyncClient(**self._connection.http_options, transport=transport)
-        self.datastores = AsyncDatastores(self._send)
+        self.datastores = AsyncDatastores(self._send, self._events)
 
     async def completions(self, prompt: Prompt, *, model: str, **options: Unpack[CompletionOptions]) -> Completion:
         """As `Client.completions`."""
@@ -155,11 +156,16 @@ class _Send(Protocol):
     def __call__(self, operation: Operation[T]) -> Awaitable[T]: ...
 
 
+class _Events(Protocol):
+    def __call__(self, operation: StreamOperation[T]) -> AsyncGenerator[T, None]: ...
+
+
 class AsyncDatastores:
     """As `Datastores`, awaited."""
 
-    def __init__(self, send: _Send) -> None:
+    def __init__(self, send: _Send, events: _Events) -> None:
         self._send = send
+        self._events = events
 
     async def list(self) -> DatastoreList:
         """As `Datastores.list`."""
@@ -169,9 +175,31 @@ class AsyncDatastores:
         """As `Datastores.get`."""
         return await self._send(operations.get_datastore(name))
 
-    async def load(self, name: str, version: str = "current") -> Datastore:
+    async def load(
+        self,
+        name: str,
+        version: str = "current",
+        *,
+        aliases: Sequence[str] | None = None,
+        default: bool | None = None,
+    ) -> Datastore:
         """As `Datastores.load`."""
-        return await self._send(operations.load_datastore(name, version))
+        return await self._send(operations.load_datastore(name, version, aliases, default))
+
+    def stream_load(
+        self,
+        name: str,
+        version: str = "current",
+        *,
+        aliases: Sequence[str] | None = None,
+        default: bool | None = None,
+    ) -> AsyncStream[LoadEvent]:
+        """As `Datastores.stream_load`; not awaited itself, for `async with` and `async for`."""
+        return AsyncStream(self._events(operations.stream_load_datastore(name, version, aliases, default)))
+
+    async def rollback(self, name: str) -> Datastore:
+        """As `Datastores.rollback`."""
+        return await self._send(operations.roll_back_datastore(name))
 
     async def unload(self, name: str) -> None:
         """As `Datastores.unload`."""

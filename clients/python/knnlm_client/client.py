@@ -32,6 +32,7 @@ from knnlm_client.responses import (
     CompletionChunk,
     Datastore,
     DatastoreList,
+    LoadEvent,
     ModelCard,
     NeighborsResponse,
     Readiness,
@@ -71,7 +72,7 @@ class Client:
     ) -> None:
         self._connection = Connection(base_url, api_key=api_key, admin_key=admin_key, timeout=timeout)
         self._http = httpx.Client(**self._connection.http_options, transport=transport)
-        self.datastores = Datastores(self._send)
+        self.datastores = Datastores(self._send, self._events)
 
     def completions(self, prompt: Prompt, *, model: str, **options: Unpack[CompletionOptions]) -> Completion:
         """Complete one prompt or several; the keywords are the fields of `CompletionRequest`."""
@@ -169,23 +170,54 @@ class _Send(Protocol):
     def __call__(self, operation: Operation[T]) -> T: ...
 
 
+class _Events(Protocol):
+    def __call__(self, operation: StreamOperation[T]) -> Generator[T, None, None]: ...
+
+
 class Datastores:
     """The server's datastores, as `client.datastores`; changes need the admin key unless the server is local."""
 
-    def __init__(self, send: _Send) -> None:
+    def __init__(self, send: _Send, events: _Events) -> None:
         self._send = send
+        self._events = events
 
     def list(self) -> DatastoreList:
-        """List the loaded datastores; `published` of the result names what could be loaded besides."""
+        """List the loaded datastores; the result also says what could be loaded, and what aliases mean."""
         return self._send(operations.list_datastores())
 
     def get(self, name: str) -> Datastore:
         """Describe a loaded datastore."""
         return self._send(operations.get_datastore(name))
 
-    def load(self, name: str, version: str = "current") -> Datastore:
-        """Load a published version, or swap to it; requests under way keep the version they began with."""
-        return self._send(operations.load_datastore(name, version))
+    def load(
+        self,
+        name: str,
+        version: str = "current",
+        *,
+        aliases: Sequence[str] | None = None,
+        default: bool | None = None,
+    ) -> Datastore:
+        """Load a published version, or swap to it; requests under way keep the version they began with.
+
+        Args:     aliases: other words for the name, instead of those that it has; None leaves them as they are.
+                  default: whether requests that name no datastore use this one; None leaves it as it is.
+        """
+        return self._send(operations.load_datastore(name, version, aliases, default))
+
+    def stream_load(
+        self,
+        name: str,
+        version: str = "current",
+        *,
+        aliases: Sequence[str] | None = None,
+        default: bool | None = None,
+    ) -> Stream[LoadEvent]:
+        """As `load`, with progress; the last event is the datastore. Leaving early does not stop the load."""
+        return Stream(self._events(operations.stream_load_datastore(name, version, aliases, default)))
+
+    def rollback(self, name: str) -> Datastore:
+        """Swap back to the version that served before; the name stays there until it is loaded anew."""
+        return self._send(operations.roll_back_datastore(name))
 
     def unload(self, name: str) -> None:
         """Wait until no request uses the datastore any more, then unload it."""

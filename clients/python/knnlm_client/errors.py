@@ -9,8 +9,13 @@
         ├── NotFound                   404
         │   ├── ModelNotFound          … also a ModelError
         │   └── DatastoreNotFound      … also a DatastoreError
+        │       └── DocumentNotFound
         ├── Conflict                   409
-        │   └── DatastoreBusy          … also a DatastoreError
+        │   ├── DatastoreBusy          … these are all DatastoreErrors too
+        │   ├── DatastoreConflict
+        │   ├── DatastoreBudget
+        │   ├── DatastoreReadOnly
+        │   └── DocumentExists
         ├── InternalError              500
         ├── InvalidRequest
         │   ├── InvalidParameter
@@ -190,6 +195,26 @@ class DatastoreBusy(DatastoreError, Conflict):
     """Another change of the same datastore is under way."""
 
 
+class DatastoreConflict(DatastoreError, Conflict):
+    """The datastore's present state does not allow the change, such as a rollback where nothing came before."""
+
+
+class DatastoreBudget(DatastoreError, Conflict):
+    """It would exceed what the server may have loaded."""
+
+
+class DatastoreReadOnly(DatastoreError, Conflict):
+    """The server cannot write the datastore's folder, so it can neither learn nor forget there."""
+
+
+class DocumentExists(DatastoreError, Conflict):
+    """The datastore has a document of that id; `update` would replace it."""
+
+
+class DocumentNotFound(DatastoreNotFound):
+    """The datastore has no document of that id, or it was deleted."""
+
+
 class DuplicateDocument(DatastoreError):
     """The datastore holds a document of that id already."""
 
@@ -242,6 +267,11 @@ CLASS_BY_CODE: dict[str, type[APIError]] = {
     "datastore_mismatch": DatastoreMismatch,
     "datastore_corrupt": DatastoreCorrupt,
     "datastore_busy": DatastoreBusy,
+    "datastore_conflict": DatastoreConflict,
+    "datastore_budget": DatastoreBudget,
+    "datastore_read_only": DatastoreReadOnly,
+    "document_exists": DocumentExists,
+    "document_not_found": DocumentNotFound,
     "duplicate_document": DuplicateDocument,
     "service_error": ServiceError,
     "not_ready": NotReady,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +24,6 @@ from knnlm_core.datastore.merge import Found, merge_found
 from knnlm_core.datastore.shard import Queries, Shard
 from knnlm_core.errors import (
     DatastoreCorrupt,
-    DatastoreMismatch,
     DocumentNotFound,
     InvalidKnnParams,
     InvalidParameter,
@@ -95,11 +93,7 @@ class Entries(ABC):
 
     def require_fits(self, identity: LMIdentity) -> None:
         """Raises DatastoreMismatch: naming the first field in which the running LM is not the one of the keys."""
-        built_for = self.manifest.lm.identity()
-        for field in (field.name for field in fields(LMIdentity) if field.name != "model_name"):
-            have, need = getattr(built_for, field), getattr(identity, field)
-            if have != need:
-                raise DatastoreMismatch(self.name, field=field, have=have, need=need)
+        self.manifest.lm.require_fits(self.name, identity)
 
     def search(
         self, queries: Tensor, k: int, *, exclude: Sequence[EntryRange] = (), nprobe: int | None = None

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, RootModel, ValidationError
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.calibration import read_calibration
 from knnlm_core.datastore.layout import Current
+from knnlm_core.datastore.ledger import append_audit, writing
+from knnlm_core.datastore.ledger_file import read_ledger
 from knnlm_core.datastore.manifest import Digest16
 from knnlm_core.durable import write_text
 from knnlm_core.errors import DatastoreConflict, DatastoreCorrupt, DatastoreNotFound
@@ -72,12 +74,12 @@ def revise_history(root: Path, name: str, revise: Callable[[Current], Current | 
 
 def previous(root: Path, name: str) -> Current | None:
     """What `rollback` would go back to: what was current before and is still published; None if there is nothing."""
-    *before, now = read_history(root, name) or (None,)
-    published = set(layout.published_versions(root, name)) if before else set()
-    return next((e for e in reversed(before) if e is not None and e != now and e.version in published), None)
+    history = read_history(root, name)
+    published = set(layout.published_versions(root, name)) if history else set()
+    return next((e for e in reversed(history[:-1]) if e != history[-1] and e.version in published), None)
 
 
-def rollback(root: Path, name: str) -> Current:
+def rollback(root: Path, name: str, *, actor: str | None = None) -> Current:
     """Make current again what was current before; doing it again goes back further.
 
     What is left behind stays published, but HISTORY forgets that it was current. Documents that were deleted since
@@ -86,6 +88,7 @@ def rollback(root: Path, name: str) -> Current:
     Raises:
         DatastoreNotFound: nothing of the name is published, or the calibration is gone.
         DatastoreConflict: nothing came before.
+        DatastoreReadOnly: the folder cannot be written.
     """
     now = layout.read_current(root, name)
     target = previous(root, name)
@@ -95,8 +98,10 @@ def rollback(root: Path, name: str) -> Current:
         read_calibration(root, name, target.calibration)
     history = read_history(root, name)
     at = max(number for number, entry in enumerate(history[:-1]) if entry == target)
-    _write(root, name, history[: at + 1])
-    layout.write_current(root, name, target)
+    with writing(layout.name_folder(root, name)):
+        _write(root, name, history[: at + 1])
+        layout.write_current(root, name, target)
+    append_audit(root, name, "rollback", read_ledger(root, name).revision, [], actor)
     return target
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import stat
@@ -17,10 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, PlainValidator
 
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.manifest import Count, Positive, Sha256, read_json, validate
+from knnlm_core.datastore.sealed import SEAL, canonical
 from knnlm_core.errors import DatastoreCorrupt, DatastoreMismatch, DatastoreNotFound
 
 FORMAT_VERSION = 1
-MAX_LEDGER_BYTES = 64 * 1024 * 1024
+MAX_LEDGER_BYTES = 16 * 1024 * 1024  # some 300,000 documents; parsed, the worst JSON takes fifty times its size
 MAX_REVISION = 10**16 - 1  # a segment's folder has 16 digits
 MAX_ID_CHARACTERS = 4096
 
@@ -157,7 +157,7 @@ def read_ledger(root: Path, name: str) -> LedgerState:
 def encode_ledger(state: LedgerState) -> str:
     """The content of LEDGER; the same state gives the same text."""
     content = _content(state)
-    return _canonical({**content, "sha256": _digest(content)}) + "\n"
+    return canonical({**content, SEAL: _digest(content)}).decode() + "\n"
 
 
 def require_format(content: Mapping[str, JsonValue], path: Path, name: str) -> None:
@@ -216,9 +216,5 @@ def _content(state: LedgerState) -> dict[str, Any]:
     }
 
 
-def _canonical(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
 def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_canonical(content).encode()).hexdigest()
+    return hashlib.sha256(canonical(content)).hexdigest()

@@ -95,15 +95,17 @@ class LivingName:
             with another language model.
         """
         with self._lock:
-            if (version := self._open.get(datastore)) is None:
-                version = self._open[datastore] = _OpenVersion(datastore)
-                try:
-                    segments = self._read(self._state.segments)
-                except BaseException:
-                    del self._open[datastore]
-                    raise
-                self._show(version, segments, {*self._state.learned, *self._state.deleted})
-            return version.snapshot
+            if (version := self._open.get(datastore)) is not None:
+                return version.snapshot
+        try:
+            return self._attach(datastore)
+        except DatastoreCorrupt:
+            # Another process may have dropped a segment since the ledger was read.
+            before = self._state
+            self._apply(read_ledger(self._root, self.name))
+            if self._state.segments == before.segments:
+                raise
+            return self._attach(datastore)
 
     def detach(self, datastore: Datastore) -> None:
         """Forget an open version that is about to be closed."""
@@ -164,10 +166,17 @@ class LivingName:
         file = self._stat()
         if file == self._file:
             return False
-        before = self._state.revision
-        self._apply(read_ledger(self._root, self.name))
+        before = self._state
+        state = read_ledger(self._root, self.name)
+        try:
+            self._apply(state)
+        except DatastoreCorrupt:
+            again = read_ledger(self._root, self.name)
+            if again.segments == state.segments:  # nobody has dropped one meanwhile
+                raise
+            self._apply(again)
         self._file = file
-        return self._state.revision != before
+        return self._state.revision != before.revision
 
     def close(self) -> None:
         """Forget every open version."""
@@ -181,6 +190,15 @@ class LivingName:
             return None
         return status.st_ino, status.st_size, status.st_mtime_ns
 
+    def _attach(self, datastore: Datastore) -> Snapshot:
+        with self._lock:
+            version = _OpenVersion(datastore)
+            beside = [r for r in self._state.segments if r.revision > datastore.manifest.revision]
+            segments = self._read(beside, [datastore])
+            self._show(version, segments, {*self._state.learned, *self._state.deleted})
+            self._open[datastore] = version
+            return version.snapshot
+
     def _apply(self, state: LedgerState) -> None:
         """Bring every open version to a state of the ledger, or none if that fails."""
         with self._lock:
@@ -189,7 +207,7 @@ class LivingName:
                 raise DatastoreCorrupt(
                     f"the ledger of {self.name!r} went back from revision {before.revision} to {state.revision}"
                 )
-            segments = self._read(record for record in state.segments if record.revision > before.revision)
+            segments = self._read([r for r in state.segments if r.revision > before.revision], self._open)
             self._state = state
             touched = [
                 document_id
@@ -200,11 +218,11 @@ class LivingName:
             for version in self._open.values():
                 self._show(version, segments, touched)
 
-    def _read(self, records: Iterable[SegmentRecord]) -> list[Segment]:
-        segments = [open_segment(self._root, self.name, record) for record in records]
-        for version in self._open:
+    def _read(self, records: Iterable[SegmentRecord], beside: Iterable[Datastore]) -> list[Segment]:
+        segments = [open_segment(self._root, self.name, record, checksums=True) for record in records]
+        for datastore in beside:
             for segment in segments:
-                segment.require_fits(version.manifest.lm.identity())
+                segment.require_fits(datastore.manifest.lm.identity())
         return segments
 
     def _show(self, version: _OpenVersion, segments: Iterable[Segment], touched: Iterable[str]) -> None:

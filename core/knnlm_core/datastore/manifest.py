@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
@@ -53,6 +54,14 @@ class LMSection(_Section):
     def identity(self) -> LMIdentity:
         """The identity as recorded."""
         return LMIdentity(**self.model_dump())
+
+    def require_fits(self, name: str, running: LMIdentity) -> None:
+        """Raises DatastoreMismatch: naming the first field in which the running LM is not the one of the keys."""
+        keys_of = self.identity()
+        for field in (field.name for field in fields(LMIdentity) if field.name != "model_name"):
+            have, need = getattr(keys_of, field), getattr(running, field)
+            if have != need:
+                raise DatastoreMismatch(name, field=field, have=have, need=need)
 
 
 class KeySection(_Section):

@@ -1,7 +1,7 @@
 """How much of a text stands in a datastore: per token, the longest run of tokens up to it that occurs there too.
 
-A run counts where it lies within one document and touches no entry that is excluded or hidden. Only lengths that are powers of two are
-looked for, since a run of 2n tokens hashes from its halves:
+A run counts where it lies within one document and touches no entry that is excluded or hidden. Only lengths that are
+powers of two are looked for, since a run of 2n tokens hashes from its halves:
 
     hash₂ₙ(run) = mix(hashₙ(first half), hashₙ(second half))
 
@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from knnlm_core.datastore.exclusion import allowed_bitmap, allowed_mask, check_ranges
 from knnlm_core.datastore.entries import Entries
+from knnlm_core.datastore.exclusion import allowed_bitmap, allowed_mask, check_ranges
 from knnlm_core.types import EntryRange
 
 LENGTHS = (1, 2, 4, 8, 16, 32)

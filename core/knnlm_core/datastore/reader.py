@@ -136,7 +136,7 @@ class Datastore(Entries):
 
 
 class PublishedVersion(NamedTuple):
-    """A version that was found, none of whose files has been looked at but its manifest: what `Datastore` is made of."""
+    """A version that was found; of its files only the manifest has been looked at. What a `Datastore` is made of."""
 
     folder: Path
     manifest: Manifest

@@ -10,17 +10,26 @@ from knnlm_core.datastore import layout
 from knnlm_core.datastore.calibration import read_calibration
 from knnlm_core.durable import sync_folder
 
+_DOOMED = ".gone" + layout.BUILDING_SUFFIX
+
 
 def remove_version(root: Path, name: str, version: str) -> Path:
     """Remove a published version that nothing refers to; whoever has it open can go on reading what is mapped."""
     folder = layout.version_folder(root, name, version)
     # Renamed first: half of a version under its own name would be a damaged one.
-    doomed = layout.building_folder(root, name, version)
-    shutil.rmtree(doomed, ignore_errors=True)
+    doomed = folder.with_name(folder.name + _DOOMED)
     os.rename(folder, doomed)
     sync_folder(folder.parent)
     shutil.rmtree(doomed)
     return folder
+
+
+def remove_doomed(root: Path, name: str) -> None:
+    """Remove what a removal that was killed has left of versions and calibrations."""
+    home = layout.name_folder(root, name)
+    for folder in (*home.glob(f"*{_DOOMED}"), *(home / layout.CALIBRATIONS).glob("*")):
+        if folder.name.endswith(_DOOMED) or (folder.is_dir() and not (folder / layout.CALIBRATION).exists()):
+            shutil.rmtree(folder)
 
 
 def orphaned_calibrations(root: Path, name: str, gone: frozenset[str] = frozenset()) -> list[str]:

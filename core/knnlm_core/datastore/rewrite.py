@@ -25,6 +25,7 @@ from knnlm_core.datastore.ledger_file import SegmentRecord
 from knnlm_core.datastore.manifest import DocumentsSection, FileRecord, Manifest, version_of
 from knnlm_core.datastore.publish import place
 from knnlm_core.datastore.reader import Datastore
+from knnlm_core.datastore.removal import remove_doomed
 from knnlm_core.datastore.rewrite_content import copy_documents, copy_entries
 from knnlm_core.datastore.rewrite_index import (
     SELF_QUERIES,
@@ -97,7 +98,8 @@ def rewrite(root: Path, name: str, rewriting: Rewriting, *, progress: StageProgr
 
 
 def discard_leftover(root: Path, name: str) -> None:
-    """Remove what a rewriting that was killed has left. For a holder of `lock_versions`."""
+    """Remove what a rewriting or a removal that was killed has left. For a holder of `lock_versions`."""
+    remove_doomed(root, name)
     note = _note(root, name)
     if note.is_file():
         shutil.rmtree(layout.building_folder(root, name, note.read_text(encoding="utf-8").strip()), ignore_errors=True)

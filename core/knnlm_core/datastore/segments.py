@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -23,10 +22,16 @@ from knnlm_core.datastore.ledger_file import Revision, require_format
 from knnlm_core.datastore.manifest import ContextSection, Count, FileRecord, LMSection, read_json, validate
 from knnlm_core.datastore.writer import ShardWriter
 from knnlm_core.durable import sync_folder, write_text
-from knnlm_core.errors import BuildError, DatastoreConflict, DatastoreCorrupt, DatastoreMismatch, DatastoreNotFound
+from knnlm_core.errors import (
+    BuildError,
+    DatastoreConflict,
+    DatastoreCorrupt,
+    DatastoreNotFound,
+    InvalidParameter,
+)
 from knnlm_core.types import LMIdentity
 
-MAX_SEGMENT_BYTES = 64 * 1024 * 1024  # of segment.json
+MAX_SEGMENT_BYTES = 4 * 1024 * 1024  # of segment.json: some 50,000 documents
 
 
 class NewDocument(NamedTuple):
@@ -130,11 +135,7 @@ class Segment:
 
     def require_fits(self, identity: LMIdentity) -> None:
         """Raises DatastoreMismatch: naming the first field in which the running LM is not the one of the keys."""
-        learned_for = self.manifest.lm.identity()
-        for field in (field.name for field in fields(LMIdentity) if field.name != "model_name"):
-            have, need = getattr(learned_for, field), getattr(identity, field)
-            if have != need:
-                raise DatastoreMismatch(self.name, field=field, have=have, need=need)
+        self.manifest.lm.require_fits(self.name, identity)
 
     def close(self) -> None:
         """Give back the file descriptor; texts can no longer be read. Mapped arrays live as long as they are used."""
@@ -205,7 +206,7 @@ def write_segment(
     A segment in which no document made an entry has neither keys nor values.
 
     Raises:
-        InvalidParameter: no document, two of the same id, or a string that cannot be an id.
+        InvalidParameter: no document, too many, two of the same id, or a string that cannot be an id.
         BuildError: keys, values or spans do not fit each other, their types or the LM.
         DatastoreConflict: a segment of this revision is there already.
         DatastoreReadOnly: the folder cannot be written.
@@ -222,7 +223,7 @@ def write_segment(
         part.mkdir()
         try:
             manifest = _write_files(part, revision, lm, context, documents)
-            write_text(part / layout.SEGMENT, manifest.model_dump_json() + "\n")
+            write_text(part / layout.SEGMENT, _encode(manifest))
             record = SegmentRecord(revision, manifest.entries, len(documents), hash_file(part / layout.SEGMENT))
             os.rename(part, final)
         except BaseException:
@@ -266,6 +267,17 @@ def _write_files(
         documents=tuple(made),
         files=record_files(folder),
     )
+
+
+def _encode(manifest: SegmentManifest) -> str:
+    text = manifest.model_dump_json() + "\n"
+    if (size := len(text.encode())) > MAX_SEGMENT_BYTES:
+        raise InvalidParameter(
+            f"`documents` must be listed in at most {MAX_SEGMENT_BYTES} bytes of {layout.SEGMENT}, "
+            f"{len(manifest.documents)} need {size}",
+            param="documents",
+        )
+    return text
 
 
 def _write_entries(folder: Path, lm: LMSection, documents: Sequence[NewDocument]) -> None:

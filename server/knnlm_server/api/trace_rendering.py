@@ -27,7 +27,7 @@ class TraceRenderer:
     """
 
     # Of entries behind the tokens; to look up so many takes as long as other work of the event loop can wait.
-    _MUCH = 512
+    _MUCH = 256
 
     def __init__(self, tokenizer: Tokenizer, stores: Sequence[Entries]) -> None:
         self._tokenizer = tokenizer

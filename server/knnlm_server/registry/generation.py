@@ -43,10 +43,10 @@ class Lease:
         generation: its number.
     """
 
-    def __init__(self, generation: Generation, give_back: Callable[[Generation], None]) -> None:
+    def __init__(self, generation: Generation, snapshot: Snapshot, give_back: Callable[[Generation], None]) -> None:
         self._held = [generation]
         self._give_back = give_back
-        self.datastore = generation.snapshot
+        self.datastore = snapshot
         self.generation = generation.number
 
     @property

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.living import LivingName
+from knnlm_core.datastore.snapshot import Snapshot
 from knnlm_core.errors import DatastoreNotFound, KnnlmError
 from knnlm_core.types import LMIdentity
 from knnlm_server.registry.budget import Budget
@@ -123,6 +124,13 @@ class Registry:
         """Pin what the name means now. Raises DatastoreNotFound: not loaded, or being unloaded."""
         return self._table.lease(name, param="knn.datastore")
 
+    def pin(self, snapshot: Snapshot) -> Lease | None:
+        """A lease of its own on a snapshot, for whoever wants to look at what a request has just searched.
+
+        Returns: None where it would hold up a swap or an unload: what the snapshot is of serves no more.
+        """
+        return self._table.pin(snapshot)
+
     # -- what a name means ---------------------------------------------------------------------------------------------
 
     def load(
@@ -176,7 +184,14 @@ class Registry:
 
     def relabel(self, serving: Serving) -> None:
         """Replace aliases and default, for a server that starts."""
-        self._swaps.relabel(serving)
+        self._swaps.relabel(lambda _: serving)
+
+    def replaced(self, name: str, versions: Mapping[str, str | None]) -> None:
+        """Versions of a name were written anew under other numbers: a rollback or a restart goes to those.
+
+        Args:     versions: old → new, or None where nothing was left to write.
+        """
+        self._swaps.relabel(lambda serving: serving.with_replaced(serving.resolve(name), versions))
 
     # -- what a name has learned ---------------------------------------------------------------------------------------
 

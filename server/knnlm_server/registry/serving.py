@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -103,6 +103,18 @@ class Serving(_Part):
         """The name not loaded; its number, its aliases and what it served are kept for the next load."""
         served = self.names[name].model_copy(update={"loaded": False})
         return self.model_copy(update={"names": {**self.names, name: served}})
+
+    def with_replaced(self, name: str, versions: Mapping[str, str | None]) -> Serving:
+        """The name with other numbers for versions that were written anew (old → new, None where nothing was left)."""
+        if name not in self.names:
+            return self
+        served = self.names[name]
+        changed = {
+            field: versions[value]
+            for field in ("version", "serving", "previous")
+            if (value := getattr(served, field)) in versions and (versions[value] or field == "previous")
+        }
+        return self.model_copy(update={"names": {**self.names, name: served.model_copy(update=changed)}})
 
     def with_labels(self, name: str, labels: Labels) -> Serving:
         """Other aliases for the name, and the name as default or not; an alias of another name moves here.

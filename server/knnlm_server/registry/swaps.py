@@ -6,6 +6,7 @@ prepare (seconds to minutes)  →  commit: state file, table (milliseconds)  →
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from knnlm_core.datastore.living import LivingName
@@ -18,6 +19,7 @@ from knnlm_server.registry.generation import Generation
 from knnlm_server.registry.livings import Livings
 from knnlm_server.registry.loading import Loader, Prepared
 from knnlm_server.registry.progress import Report, Stage
+from knnlm_server.registry.retention import Retention
 from knnlm_server.registry.serving import Labels, Serving
 from knnlm_server.registry.state_file import StateFile
 from knnlm_server.registry.table import DatastoreStatus, Table
@@ -35,6 +37,7 @@ class Swaps:
         self.budget = Budget(config.max_bytes, lambda: self.livings.num_bytes)
         self.state = StateFile(config.state)
         self._loader = Loader(root, identity, self.budget, config.verified)
+        self._retention = Retention(root, config.keep_versions)
         self._closer = Closer(self._close)
         self.table = Table(self.state.open(), self._closer.close)
         self._commits = threading.Lock()  # leases do not wait for it
@@ -70,9 +73,10 @@ class Swaps:
             self.table.remove(name, serving)
         self._closer.wait()
 
-    def relabel(self, serving: Serving) -> None:
-        """Other aliases, another default."""
+    def relabel(self, change: Callable[[Serving], Serving]) -> None:
+        """Other aliases, another default, other numbers of versions that do not serve now."""
         with self._commits:
+            serving = change(self.table.serving)
             self.state.write(serving)
             self.table.relabel(serving)
 
@@ -112,6 +116,10 @@ class Swaps:
             return self.table.retarget(generation, serving)
 
     def _close(self, generation: Generation) -> None:
+        name = generation.name
         generation.living.detach(generation.datastore)
         self._loader.discard(generation.datastore)
-        self.livings.leave(generation.name)
+        self.livings.leave(name)
+        served = self.table.serving.names[name]
+        used = {other.datastore.version for other in self.table.open_generations() if other.name == name}
+        self._retention.apply(name, {served.serving, *used, *([served.previous] if served.previous else [])})

@@ -104,7 +104,16 @@ class Table:
             if generation.name in self._draining:
                 raise DatastoreNotFound(f"datastore {name!r} is being unloaded", param=param)
             generation.leases += 1
-            return Lease(generation, self._give_back)
+            return Lease(generation, generation.snapshot, self._give_back)
+
+    def pin(self, snapshot: Snapshot) -> Lease | None:
+        """One lease more on what somebody has leased; None once it is retired, or its name is being unloaded."""
+        with self._lock:
+            generation = self._current.get(snapshot.name)
+            if generation is None or generation.datastore is not snapshot.datastore or snapshot.name in self._draining:
+                return None
+            generation.leases += 1
+            return Lease(generation, snapshot, self._give_back)
 
     def relabel(self, serving: Serving) -> None:
         """Other aliases, or another default."""

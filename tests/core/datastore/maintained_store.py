@@ -9,7 +9,6 @@ import numpy.typing as npt
 import torch
 from small_store import WORD, Plan, build, random_keys
 
-
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.calibration import Calibration, calibration_id, write_calibration
 from knnlm_core.datastore.canaries import RECORDED_RECALL, write_canaries
@@ -164,5 +163,3 @@ def all_entries(store: Entries) -> dict[Place, tuple[bytes, int, int, int]]:
             assert place is not None
             content[document_id, number] = key.numpy().tobytes(), value, place.char_start, place.char_end
     return content
-
-

@@ -31,7 +31,6 @@ from knnlm_core.datastore.calibration import read_calibration
 from knnlm_core.datastore.canaries import canaries_of, self_test
 from knnlm_core.datastore.compact import compact
 from knnlm_core.datastore.index import EXACT_UP_TO, ivf_spec
-from knnlm_core.datastore.ledger_file import read_ledger
 from knnlm_core.datastore.lock import BUILD_LOCK, lock_versions
 from knnlm_core.datastore.manifest import version_of
 from knnlm_core.datastore.reader import Datastore
@@ -224,9 +223,7 @@ def test_nprobe_grows_until_recall_passes(tmp_path: Path) -> None:
 def test_a_store_that_grew_past_exact_search_gets_lists(tmp_path: Path) -> None:
     first = EXACT_UP_TO - 100
     rng = np.random.default_rng(0)
-    publish_store(
-        tmp_path, keys=rng.standard_normal((first, DIM)).astype(np.float16), sizes=(first,), cuts=(30_000,)
-    )
+    publish_store(tmp_path, keys=rng.standard_normal((first, DIM)).astype(np.float16), sizes=(first,), cuts=(30_000,))
     teach(tmp_path, new_document("new", 4_000, 1))
     compact(tmp_path, NAME)
     with Datastore.open(tmp_path, NAME, checksums=True) as store:

@@ -205,6 +205,7 @@ def changed(change: Callable[[dict[str, Any]], object]) -> bytes:
         (b'{"format_version":1,"revision":NaN}', "is not JSON"),
         (b'{"format_version":1,"revision":' + b"9" * 100_000 + b"}", "is not JSON"),
         (b'{"format_version":1,"deleted":{"\\ud800":1}}', "is not JSON"),
+        (b'{"format_version":1,"revision":2,"revision":1}', "'revision' stands twice"),
         (b"{}", "format_version must be an integer, it is 'None'"),
         (changed(lambda c: c.update(format_version=True)), "format_version must be an integer"),
         (changed(lambda c: c.update(format_version=1.0)), "format_version must be an integer"),
@@ -263,7 +264,7 @@ def test_a_ledger_of_another_format_is_refused_naming_have_and_need(root: Path) 
 def test_a_huge_ledger_is_refused_unread(root: Path) -> None:
     with (root / NAME / "LEDGER").open("wb") as file:
         file.truncate(2**40)
-    with pytest.raises(DatastoreCorrupt, match="at most 67108864 bytes, it has 1099511627776"):
+    with pytest.raises(DatastoreCorrupt, match="at most 16777216 bytes, it has 1099511627776"):
         read_ledger(root, NAME)
 
 
@@ -413,8 +414,8 @@ def test_revisions_never_go_back_and_are_never_skipped_by_a_segment(root: Path) 
 def test_a_ledger_that_nobody_could_read_is_not_written(root: Path) -> None:
     with ledger_lock(root, NAME) as writer:
         state = writer.state
-        too_many = {f"{number:04096d}": 1 for number in range(16_400)}
-        with pytest.raises(DatastoreConflict, match="must have at most 67108864 bytes, it would have 67"):
+        too_many = {f"{number:04096d}": 1 for number in range(4_200)}
+        with pytest.raises(DatastoreConflict, match="must have at most 16777216 bytes, it would have 17"):
             writer.commit(LedgerState(1, deleted=too_many))
         assert writer.state == read_ledger(root, NAME) == state
 

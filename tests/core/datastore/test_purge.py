@@ -103,7 +103,9 @@ def test_rows_that_other_documents_share_are_counted_and_stay(tmp_path: Path) ->
     keys[0:5] = keys[95:100]  # doc/0 and doc/4 begin alike: so do their keys
     publish_store(tmp_path, keys=keys, cuts=(50,))
     report = purge(tmp_path, NAME, ["doc/4"])
-    shared = {(s.path.partition("/")[2], s.found, s.shared) for s in report.proof.searches if s.sought == "keys" and s.found}
+    shared = {
+        (s.path.partition("/")[2], s.found, s.shared) for s in report.proof.searches if s.sought == "keys" and s.found
+    }
     assert shared == {("shard-00000/keys.arrow", 5, 5), ("shard-00000/index.faiss", 5, 5)}
     assert report.proof.same_text == ()
 
@@ -149,7 +151,7 @@ def test_held_out_text_and_its_canaries_go_too(tmp_path: Path) -> None:
         gone = [q.numpy().tobytes() for q, d in zip(canaries.queries, canaries.documents, strict=True) if d == "held/1"]
     assert len(files_with(tmp_path, *gone)) == 1
     purge(tmp_path, NAME, ["held/1"])
-    assert files_with(tmp_path, b"Held out whole.", b"held/1\"", *gone) <= {layout.LEDGER, layout.AUDIT}
+    assert files_with(tmp_path, b"Held out whole.", b'held/1"', *gone) <= {layout.LEDGER, layout.AUDIT}
     purge(tmp_path, NAME, ["doc/2"])
     with Datastore.open(tmp_path, NAME, checksums=True) as store:
         assert not {layout.CANARIES, layout.HELD_OUT} & store.manifest.files.keys()

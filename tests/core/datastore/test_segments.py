@@ -143,6 +143,22 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(root: Path, document: N
         assert teach(writer, new_document("good", 2)).revision == 1
 
 
+def test_keys_without_values_are_not_dropped_where_nothing_else_has_entries(root: Path) -> None:
+    with pytest.raises(BuildError, match="must have the shapes"):
+        write(root, bad(values=np.ones(0, dtype=np.int64)))
+    assert tail_folders(root) == []
+
+
+def test_a_segment_json_that_nobody_could_read_is_not_written(root: Path) -> None:
+    nothing = new_document("", 0)
+    documents = [nothing._replace(document=Document(f"{at:04096d}", "")) for at in range(1_050)]
+    with pytest.raises(InvalidParameter, match=r"at most 4194304 bytes of segment\.json, 1050 need 43"):
+        write(root, *documents)
+    assert tail_folders(root) == []
+    with reopen(root, write(root, *documents[:1_000])) as segment:
+        assert len(segment.documents) == 1_000
+
+
 def test_two_documents_of_one_id_and_no_document_at_all_are_refused(root: Path) -> None:
     for documents in ([], [new_document("a", 1), new_document("a", 2)]):
         with pytest.raises(InvalidParameter, match="`documents` must hold"):
@@ -197,14 +213,12 @@ def test_a_flipped_bit_is_found_by_checksums(root: Path, file: str) -> None:
         reopen(root, record, checksums=True)
 
 
-def test_every_flipped_bit_and_every_truncation_of_segment_json_is_refused(root: Path) -> None:
+def test_a_flipped_bit_in_any_byte_and_every_truncation_of_segment_json_is_refused(root: Path) -> None:
     record = write(root, new_document("a", 1))
     path = folder_of(root) / "segment.json"
     content = path.read_bytes()
     variants = [content[:size] for size in range(len(content))] + [content + b" "]
-    for at in range(len(content)):
-        for bit in range(8):
-            variants.append(content[:at] + bytes([content[at] ^ (1 << bit)]) + content[at + 1 :])
+    variants += [content[:at] + bytes([content[at] ^ (1 << at % 8)]) + content[at + 1 :] for at in range(len(content))]
     for variant in variants:
         path.write_bytes(variant)
         with pytest.raises((DatastoreCorrupt, DatastoreMismatch), match=r"segment\.json|format_version"):
@@ -328,10 +342,11 @@ def test_a_segment_learned_with_another_lm_is_refused_on_request(root: Path, fie
 def test_refusing_a_segment_keeps_no_file_open(root: Path) -> None:
     record = write(root, new_document("a", 4))
     wrong = change_segment(root, record, lambda content: content["lm"].update(vocab_size=1))
-    before = os.listdir("/proc/self/fd")
+    before, refusals = os.listdir("/proc/self/fd"), []
     for _ in range(3):
-        with pytest.raises(KnnlmError):
+        with pytest.raises(KnnlmError) as caught:
             reopen(root, wrong)
+        refusals.append(caught.value)  # whose traceback holds whatever was not closed
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
 

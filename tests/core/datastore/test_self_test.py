@@ -28,6 +28,7 @@ from knnlm_core.datastore.canaries import (
 )
 from knnlm_core.datastore.checksums import record_files
 from knnlm_core.datastore.index import build_shard_index, ivf_spec
+from knnlm_core.datastore.living import LivingName
 from knnlm_core.datastore.manifest import Manifest
 from knnlm_core.datastore.publish import publish
 from knnlm_core.datastore.reader import Datastore
@@ -123,6 +124,18 @@ def test_a_version_without_canaries_passes_and_says_that_nothing_was_asked(tmp_p
     with open_new(tmp_path, Plan(random_keys(40, DIM))) as store:
         assert canaries_of(store) is None
         assert self_test(store) == SelfTest(0, None, None)
+
+
+def test_documents_deleted_since_the_build_do_not_matter(tmp_path: Path) -> None:
+    plan = Plan(random_keys(ENTRIES, DIM), cuts=CUTS, document_sizes=[300] * 3)
+    with publish_with_canaries(tmp_path, plan, held_out()) as store:
+        need = self_test(store)
+        living = LivingName(tmp_path, "law")
+        living.snapshot(store)
+        living.delete(["doc/1"])
+        assert int(store.search(held_out(), 1).entry_ids.max()) >= 600  # entries 300 … 599 are hidden from everybody
+        assert not bool(((store.search(held_out(), 32).entry_ids // 300) == 1).any())
+        assert self_test(store) == need
 
 
 @pytest.mark.parametrize("entries", [1, 31, 32, 33])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,13 +12,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "core" / "datastore"))
 
-from registry_stores import DIM, Stores, publish_stores
+from registry_stores import DIM, Open, Stores, publish_stores
 from small_store import identity
 
 from knnlm_server.registry.config import RegistryConfig
 from knnlm_server.registry.registry import Registry
-
-Open = Callable[..., Registry]
 
 
 @pytest.fixture(scope="session")

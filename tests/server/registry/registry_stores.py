@@ -17,8 +17,10 @@ from knnlm_core.datastore.documents import Document
 from knnlm_core.datastore.entries import Entries
 from knnlm_core.datastore.publish import publish
 from knnlm_core.datastore.segments import NewDocument
+from knnlm_server.registry.registry import Registry
 
 DIM = 8
+Open = Callable[..., Registry]  # with settings of its own
 PATIENCE_S = 20.0
 
 

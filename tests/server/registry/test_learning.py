@@ -7,10 +7,9 @@ from threading import Event
 
 import pytest
 import torch
-from registry_stores import DIM, Stores, held_from, new_document
+from registry_stores import DIM, Open, Stores, held_from, new_document
 from small_store import identity
 
-from conftest import Open
 from knnlm_core.datastore.living import LivingName
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.errors import DatastoreBudget, DatastoreBusy, DatastoreNotFound

@@ -202,3 +202,36 @@ def test_close_leaves_leased_versions_to_their_last_lease(registry: Registry) ->
     assert (is_open(law), is_open(news), registry.names()) == (True, False, [])
     lease.release()
     assert not is_open(law)
+
+
+# -- looking at what somebody else has leased --------------------------------------------------------------------------
+
+
+def test_a_pin_holds_what_a_lease_is_of(registry: Registry) -> None:
+    store = registry.load("law").status.datastore
+    lease = registry.lease("law")
+    pinned = registry.pin(lease.datastore)
+    assert pinned is not None
+    assert pinned.datastore is lease.datastore
+    lease.release()
+    with pytest.raises(DatastoreBusy):
+        registry.unload("law", 0)
+    pinned.release()
+    registry.unload("law", 0)
+    assert not is_open(store)
+
+
+def test_what_is_replaced_or_unloaded_is_not_pinned(registry: Registry, stores: Stores) -> None:
+    registry.load("law", stores.law[0])
+    lease = registry.lease("law")
+    registry.load("law", stores.law[0])
+    assert registry.pin(lease.datastore) is None  # another generation, though of the same version
+    current = registry.lease("law")
+    with ThreadPoolExecutor(1) as pool:
+        unloading = pool.submit(registry.unload, "law", 30)
+        wait_until(lambda: registry.status("law").state == "draining")
+        assert registry.pin(current.datastore) is None
+        for held in (lease, current):
+            held.release()
+        unloading.result(10)
+    assert registry.pin(current.datastore) is None

@@ -10,10 +10,9 @@ from threading import Event
 from typing import Any
 
 import pytest
-from registry_stores import DIM, Stores, held_from, is_open
+from registry_stores import DIM, Open, Stores, held_from, is_open
 from small_store import identity
 
-from conftest import Open
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.errors import (

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from registry_stores import Stores
+from registry_stores import Open, Stores
 
-from conftest import Open
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.publish import set_current
 from knnlm_core.errors import DatastoreConflict, DatastoreCorrupt, DatastoreNotFound, InvalidParameter, ShuttingDown

@@ -6,9 +6,8 @@ import logging
 import shutil
 
 import pytest
-from registry_stores import Stores, new_document, wait_until
+from registry_stores import Open, Stores, new_document, wait_until
 
-from conftest import Open
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.living import LivingName
 from knnlm_core.datastore.publish import set_current

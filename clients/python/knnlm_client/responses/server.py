@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Annotated, Any, Literal, TypeAlias, overload
+
+from pydantic import Field, RootModel
 
 from knnlm_client.responses.common import ResponsePart
 
@@ -67,21 +69,62 @@ class ModelListBody(ResponsePart):
     data: list[ModelCard]
 
 
-class Datastore(ResponsePart):
-    """A datastore as the server holds it."""
+class SelfTestReport(ResponsePart):
+    """What became of the queries that a version keeps from its build, when it was loaded."""
 
-    object: str
+    queries: int
+    recall_at_32: float
+    needed: float  # below it, the version would have been refused
+
+
+class Datastore(ResponsePart):
+    """A datastore as the server holds it.
+
+    Attributes:
+        generation: counter of loads and swaps of the name.
+        revision: counter of what the name has learned and deleted.
+        entries: of the version and learned, those of deleted documents included.
+        documents: without deleted ones.
+        follows_current: whether it was loaded as `current`, and not as a version of its own.
+        previous: the version that a rollback goes to.
+        self_test: None for a version without canaries.
+    """
+
+    object: Literal["datastore"]
     name: str
     version: str
     generation: int
+    revision: int
     state: str
     entries: int
     bytes: int
     unit: str
     documents: int
+    learned_documents: int
+    deleted_documents: int
     leases: int
+    aliases: list[str]
+    follows_current: bool
+    previous: str | None
+    self_test: SelfTestReport | None
     calibration: dict[str, Any] | None
     model_fingerprint: str
+
+
+class DatastoreProgress(ResponsePart):
+    """How far a load has come: bytes while it verifies and warms, steps otherwise."""
+
+    object: Literal["datastore.progress"]
+    stage: str
+    done: int
+    total: int
+
+
+LoadEvent: TypeAlias = DatastoreProgress | Datastore
+
+
+class LoadEventBody(RootModel[Annotated[LoadEvent, Field(discriminator="object")]]):
+    """One event of a streamed load; the last one is the datastore."""
 
 
 class DatastoreListBody(ResponsePart):
@@ -89,6 +132,11 @@ class DatastoreListBody(ResponsePart):
 
     data: list[Datastore]
     published: list[str]
+    aliases: dict[str, str]
+    default: str | None
+    bytes_used: int
+    bytes_limit: int | None
+    persistent: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +146,20 @@ class DatastoreList(Sequence[Datastore]):
     Attributes:
         loaded: the same, as a tuple.
         published: names that the server's root holds and that are not loaded.
+        aliases: alias → name, loaded or not.
+        default: the name that requests use which name none.
+        bytes_used: of everything that is loaded, what drains included.
+        bytes_limit: how many they may be; None for no limit.
+        persistent: whether a restarted server finds versions, aliases and default as they are.
     """
 
     loaded: tuple[Datastore, ...]
     published: tuple[str, ...]
+    aliases: Mapping[str, str]
+    default: str | None
+    bytes_used: int
+    bytes_limit: int | None
+    persistent: bool
 
     @overload
     def __getitem__(self, index: int) -> Datastore: ...
