@@ -30,6 +30,7 @@ from knnlm_server.api import (
     neighbors,
     score,
     tokenizer,
+    versions,
 )
 from knnlm_server.api.errors import install_error_handlers
 from knnlm_server.api.middleware import BodyLimit, KeyLimit, RequestLog
@@ -81,6 +82,7 @@ def create_app(settings: ServerSettings, on_failure: Callable[[], None] = lambda
         tokenizer,
         datastores,
         documents,
+        versions,
         maintenance,
         models,
         metrics,

@@ -34,6 +34,7 @@ COMPLETION: dict[str, Any] = {
                     "p": 0.5625,
                     "neighbors": [
                         {
+                            "datastore": "law",
                             "entry_id": 71,
                             "distance": 12.5,
                             "weight": 0.75,
@@ -46,8 +47,41 @@ COMPLETION: dict[str, Any] = {
                             "char_end": 16,
                         }
                     ],
+                    "datastores": [
+                        {"name": "law", "weight": 0.75, "lambda": 0.25, "p_knn": 0.75},
+                        {"name": "news", "weight": 0.25, "lambda": 0.25, "p_knn": 0.0},
+                    ],
+                    "attribution": {
+                        "model": 0.25,
+                        "sources": [
+                            {
+                                "datastore": "law",
+                                "document_id": "act-7",
+                                "uri": "https://example.org/act-7",
+                                "title": "Act 7",
+                                "licence": "CC0-1.0",
+                                "share": 0.5,
+                                "spans": [[10, 16], [40, 46]],
+                            },
+                            {"datastore": "law", "document_id": None, "deleted": True, "share": 0.25},
+                        ],
+                    },
                 }
             ],
+            "attribution": {
+                "model": 0.25,
+                "documents": [
+                    {
+                        "datastore": "law",
+                        "document_id": "act-7",
+                        "title": "Act 7",
+                        "licence": "CC0-1.0",
+                        "share": 0.5,
+                    },
+                    {"datastore": "law", "document_id": None, "deleted": True, "share": 0.25},
+                ],
+                "licences": {"CC0-1.0": 0.5, "unknown": 0.25},
+            },
         }
     ],
     "usage": {
@@ -73,6 +107,7 @@ CHUNKS = [
 ]
 
 TRACE: dict[str, Any] = COMPLETION["choices"][0]["knn"][0]
+ATTRIBUTION: dict[str, Any] = COMPLETION["choices"][0]["attribution"]
 _CHAT_LOGPROBS = {
     "content": [
         {
@@ -100,6 +135,7 @@ CHAT: dict[str, Any] = {
             "logprobs": _CHAT_LOGPROBS,
             "finish_reason": "stop",
             "knn": [TRACE],
+            "attribution": ATTRIBUTION,
         }
     ],
     "usage": COMPLETION["usage"],
@@ -117,7 +153,7 @@ CHAT_CHUNKS = [
     chat_chunk({"role": "assistant", "content": ""}),
     chat_chunk({"content": "Der Käufer"}),
     chat_chunk({"content": " muß"}, logprobs=_CHAT_LOGPROBS, knn=[TRACE]),
-    chat_chunk({}, finish_reason="stop"),
+    chat_chunk({}, finish_reason="stop", attribution=ATTRIBUTION),
     chat_chunk({}) | {"choices": [], "usage": CHAT["usage"]},
 ]
 
@@ -162,8 +198,10 @@ SCORE: dict[str, Any] = {
                     "lambda": 0.25,
                     "decision": "search",
                     "longest_match": 3,
+                    "attribution": TRACE["attribution"],
                 }
             ],
+            "attribution": ATTRIBUTION,
         }
     ],
     "total": {"tokens": 5, "bytes": 19, "searched": 3, **_LOSSES, "overlap": _OVERLAP},

@@ -72,7 +72,9 @@ ALL_COMPLETION_OPTIONS: StreamCompletionOptions = {
     "repetition_penalty": 1.25,
     "user": "me",
     "knn": KnnOptions(
-        datastore=[WeightedDatastore(name="law", weight=0.75)],
+        datastore=[WeightedDatastore(name="law", weight=0.75), WeightedDatastore(name="news", weight=0.25)],
+        mixture="distributions",
+        weights="given",
         k=16,
         temperature=10.0,
         lmbda=0.25,
@@ -80,13 +82,16 @@ ALL_COMPLETION_OPTIONS: StreamCompletionOptions = {
         gate_threshold=0.5,
         speculate=False,
         trace=True,
+        attribution=True,
     ),
     "stream_options": StreamOptions(include_usage=True, continuous_usage_stats=True),
 }
 ALL_ON_THE_WIRE = ALL_COMPLETION_OPTIONS | {
     "logit_bias": {"11": -100.0},
     "knn": {
-        "datastore": [{"name": "law", "weight": 0.75}],
+        "datastore": [{"name": "law", "weight": 0.75}, {"name": "news", "weight": 0.25}],
+        "mixture": "distributions",
+        "weights": "given",
         "k": 16,
         "temperature": 10.0,
         "lambda": 0.25,
@@ -94,6 +99,7 @@ ALL_ON_THE_WIRE = ALL_COMPLETION_OPTIONS | {
         "gate_threshold": 0.5,
         "speculate": False,
         "trace": True,
+        "attribution": True,
     },
     "stream_options": {"include_usage": True, "continuous_usage_stats": True},
 }
@@ -130,7 +136,7 @@ SCORE_OPTIONS: ScoreOptions = {
 }
 
 NEIGHBORS_OPTIONS: NeighborsOptions = {
-    "knn": KnnOptions(k=64, lmbda=0.5),
+    "knn": KnnOptions(datastore=[WeightedDatastore(name="law"), WeightedDatastore(name="news")], k=64, lmbda=0.5),
     "limit": 3,
     "context_chars": 40,
     "exclude_documents": ["act-7"],
@@ -191,7 +197,12 @@ OPERATIONS: dict[str, tuple[Callable[[Any], Any], str, str, Any, Any]] = {
         lambda c: c.neighbors("The buyer", model="smollm2@law", **NEIGHBORS_OPTIONS),
         "POST",
         "/v1/neighbors",
-        {"input": "The buyer", "model": "smollm2@law", **NEIGHBORS_OPTIONS, "knn": {"k": 64, "lambda": 0.5}},
+        {
+            "input": "The buyer",
+            "model": "smollm2@law",
+            **NEIGHBORS_OPTIONS,
+            "knn": {"datastore": [{"name": "law"}, {"name": "news"}], "k": 64, "lambda": 0.5},
+        },
         NeighborsResponse.model_validate(NEIGHBORS),
     ),
     "neighbors of token ids": (

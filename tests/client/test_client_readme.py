@@ -30,6 +30,8 @@ def test_the_example_runs(title: str, double: ContractDouble, capsys: pytest.Cap
         "Score": "5 54.5 → 36.5\n2–3 tokens in the datastore too: 4, 54.5\n32–… tokens in the datastore too: 1, 7.5\n",
         "Score much, with progress": "4 of 9 tokens\n1 act-7 1.25\n7 of 9 tokens\n0 act-7 1.25\nall: 36.5\n",
         "See what the datastore retrieves": "Act 7: The buyer[ shall] pay the price.\n' shall': p_knn=0.750 p_lm=0.500",
+        "Mix several datastores, and see where an answer comes from": "' shall': ['law 0.75', 'news 0.25']\n"
+        "the model itself: 25%\n50% law: Act 7\n25% law: deleted meanwhile\n",
         "Count tokens": "2 of 2048 ['The', ' shall']\n2\nThe shall <|endoftext|>\n",
         "Change datastores while the server runs": "['law'] loaded, and could be: ('medicine',)\ncurrent 2 50000\n"
         "['smollm2', 'smollm2@law']\nv2\n",

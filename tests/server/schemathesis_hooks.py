@@ -24,6 +24,10 @@ CONTEXT = {
     "names no datastore": r"needs? a datastore, and this request names none",
     "names two datastores": r"`model` names datastore .* they must agree",
     "gate that has no effect": r"`knn.gate` must be always here",
+    "mixture of several datastores": r"`knn.weights` must (not )?be|`knn.mixture` neighbors (needs one|knows no)"
+    r"|must name different datastores|must give a weight to all datastores or to none|exactly one datastore",
+    "neighbours in all": r"`knn.k` must be at most \d+ for all|`knn.attribution` may attribute at most",
+    "nothing to attribute": r"`knn.attribution` must be false here",
     "reserved name": r"`name` of a datastore must be 1 to 63|`aliases` must be fit to be a datastore's name",
     "fields that must agree": r"without `echo`, got 0|`stream_options` needs|`best_of` must (be at least|equal) `n`"
     r"|`min_tokens` must be from 0 to|`top_logprobs` needs|must agree with `max_tokens`|exactly one of `prompt` and"

@@ -457,8 +457,8 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], type[kc.APIError], int, str, str, st
     ({"model": LAW, "knn": KnnOptions(temperature=0)}, kc.InvalidKnnParams, 400, KNN, "knn.temperature", "got 0"),
     ({"model": LAW, "knn": KnnOptions(gate="sometimes")}, kc.InvalidKnnParams, 400, KNN, "knn.gate", "'sometimes'"),
     (
-        {"knn": KnnOptions(datastore=[WeightedDatastore(name="law", weight=1)])},
-        kc.UnsupportedFeature, 400, "unsupported_feature", "knn.datastore", "one name",
+        {"knn": KnnOptions(datastore=[WeightedDatastore(name="law", weight=1), WeightedDatastore(name="news")])},
+        kc.InvalidKnnParams, 400, KNN, "knn.datastore", "to all datastores or to none, got 1 of 2",
     ),
     (
         {"model": LAW, "knn": KnnOptions(speculate=True)},
@@ -504,7 +504,7 @@ BAD_OTHERS: dict[str, tuple[Operation, type[kc.APIError], int, str, str | None, 
     ),
     "score without a document that is not there": (
         lambda client: client.score(["x"], model=LAW, exclude_documents=["old-1"]),
-        kc.DatastoreNotFound, 404, "datastore_not_found", "document", "old-1",
+        kc.DocumentNotFound, 404, "document_not_found", "document", "old-1",
     ),
     "load a version that is no version": (
         lambda client: client.datastores.load("law", "latest"),

@@ -520,3 +520,41 @@ def test_what_is_published_but_not_loaded_is_named(
         assert undeclared(listed[0]) == set()
     finally:
         caller.close()
+
+
+# -- several datastores, and where answers come from -------------------------------------------------------------------
+
+
+def test_the_client_mixes_datastores_and_reads_attributions(chatting: StreamingCaller) -> None:
+    stores = [kc.WeightedDatastore(name="law", weight=3), kc.WeightedDatastore(name="news", weight=1)]
+    knn = KnnOptions(datastore=stores, k=8, temperature=12.0, lmbda=0.6, mixture="distributions", attribution=True)
+    options = {"model": "tiny-lm", "max_tokens": 4, "seed": 3, "knn": knn}
+
+    def check(attribution: kc.AnswerAttribution | None, tokens: list[kc.TokenAttribution | None]) -> None:
+        assert attribution is not None
+        shares = [document.share for document in attribution.documents]
+        assert attribution.model + sum(shares) == pytest.approx(1, abs=1e-6)
+        assert sum(attribution.licences.values()) == pytest.approx(sum(shares), abs=1e-6)
+        assert attribution.model == pytest.approx(sum(token.model for token in tokens if token) / len(tokens))
+        spans = [span for token in tokens if token for source in token.sources for span in source.spans]
+        assert spans
+        assert all(start < end for start, end in spans)
+
+    completion = chatting.call(lambda client: client.completions(PROMPT, **options))
+    assert completion.model == "tiny-lm@law+news"
+    assert undeclared(completion) == set()
+    choice = completion.choices[0]
+    assert [(s.name, s.weight, s.lmbda) for s in choice.knn[0].datastores] == [("law", 0.75, 0.6), ("news", 0.25, 0.6)]
+    assert {near.datastore for entry in choice.knn for near in entry.neighbors} <= {"law", "news"}
+    check(choice.attribution, [entry.attribution for entry in choice.knn])
+
+    answer = chatting.call(lambda client: client.chat(ASK, **options)).choices[0]
+    check(answer.attribution, [entry.attribution for entry in answer.knn])
+    chunks = chatting.events(lambda client: client.stream_chat(ASK, **options))
+    parts = [choice for chunk in chunks for choice in chunk.choices]
+    assert set().union(*map(undeclared, chunks)) == set()
+    assert [part.attribution for part in parts if part.attribution] == [answer.attribution]
+    (result,) = chatting.call(lambda client: client.score(PROMPT, model="tiny-lm", per_token=True, knn=knn)).results
+    check(result.attribution, [token.attribution for token in result.per_token])
+    near = chatting.call(lambda client: client.neighbors(PROMPT, model="tiny-lm@law+news")).results[0].neighbors
+    assert {neighbor.datastore for neighbor in near} == {"law", "news"}

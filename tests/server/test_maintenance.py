@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from collections.abc import Iterator
@@ -146,3 +147,48 @@ def test_a_damaged_version_is_not_compacted_and_goes_on_serving(server: LiveServ
     answer = server.http.post("/v1/datastores/law/compact")
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "datastore_corrupt")
     assert told(complete(server)) == told(before)
+
+
+def test_versions_are_listed_verified_and_compared(server: LiveServer, own_root: Path) -> None:
+    learn(server, "a")
+    forget(server, "new-2")
+    compacted = post(server, "/compact")["version"]
+    listed = server.http.get("/v1/datastores/law/versions").json()["data"]
+    assert {row["version"] for row in listed} == set(layout.published_versions(own_root, "law"))
+    (row,) = (row for row in listed if row["serving"])
+    assert (row["version"], row["current"], row["revision"]) == (compacted, True, 2)
+    parent = row["parent_version"]
+
+    verified = post(server, "/verify")
+    assert {check["version"] for check in verified["versions"]} == {row["version"] for row in listed}
+    assert all(check["canary_queries"] > 0 for check in verified["versions"])
+    assert [check["version"] for check in post(server, "/verify", {"version": parent})["versions"]] == [parent]
+
+    compared = server.http.get("/v1/datastores/law/diff", params={"a": parent, "b": compacted}).json()
+    assert (compared["added"], compared["removed"], compared["changed"]) == (["a"], ["new-2"], [])
+    assert compared["num_unchanged"] > 0
+
+    damaged = own_root / "law" / parent / "shard-00000" / "keys.arrow"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    answer = server.http.post("/v1/datastores/law/verify")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "datastore_corrupt")
+    assert "keys.arrow" in answer.json()["error"]["message"]
+    for bad, status in (("..", 400), ("0" * 16, 404)):
+        answer = server.http.get("/v1/datastores/law/diff", params={"a": parent, "b": bad})
+        assert answer.status_code == status
+
+
+def test_an_export_can_be_built_again(server: LiveServer, own_root: Path) -> None:
+    learn(server, "a")
+    forget(server, "new-2")
+    answer = server.http.get("/v1/datastores/law/export")
+    assert answer.headers["content-type"] == "application/x-ndjson"
+    rows = [json.loads(line) for line in answer.text.splitlines()]
+    snapshot = server.backend.registry.status("law").datastore
+    assert [row["id"] for row in rows] == snapshot.document_ids()
+    assert "a" in snapshot.document_ids()
+    for row in rows:
+        assert row["text"] == snapshot.document(row["id"]).text
+    assert rows[-1] == {"id": "a", "text": f"a {FACT}", "licence": "CC0"}

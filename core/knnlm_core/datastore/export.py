@@ -51,7 +51,7 @@ def export_documents(
         advance = counted(progress, "export documents", total)
         written = 0
         for document in _documents(store, sources, keep, held_out):
-            file.write(_line(document))
+            file.write(document_line(document))
             written += 1
             advance(1)
     return written
@@ -114,7 +114,8 @@ def _documents(store: Datastore, sources: list[Source], keep: Keep, held_out: bo
         yield from (d for d in store.held_out_documents() if keeps_held_out(keep, d.id, store.manifest.revision))
 
 
-def _line(document: Document) -> str:
+def document_line(document: Document) -> str:
+    """A document as a line of JSON that `knnlm build` reads; what it does not have is left out."""
     fields: Mapping[str, Any] = {
         "id": document.id,
         "text": document.text,

@@ -26,27 +26,38 @@ class RequestPart(BaseModel):
 
 
 class WeightedDatastore(RequestPart):
-    """One datastore of several that a request mixes, with its share."""
+    """One datastore of several that a request mixes.
+
+    Attributes:
+        name: a name or an alias.
+        weight: its share, in any unit; of all datastores or of none, which then count alike.
+    """
 
     name: str
-    weight: float
+    weight: float | None = None
 
 
 class KnnOptions(RequestPart):
     """Retrieval for one request; every field left out takes the datastore's calibrated value.
 
     Attributes:
-        datastore: a name, or several with weights.
-        k: neighbours per query.
+        datastore: a name or an alias, or several.
+        mixture: how several are mixed: `"distributions"`, each with its own τ and λ, or `"neighbors"`, those of all in
+            one softmax, which needs `temperature` and `lmbda`.
+        weights: of several: `"given"`, or `"prompt"`: by how well each one predicts the end of the prompt.
+        k: neighbours per query and datastore.
         temperature: τ > 0, divides squared distances; it is not the sampling temperature.
         lmbda: λ in [0, 1], the weight of p_knn; `"lambda"` on the wire.
         gate: which gate decides when to search.
         gate_threshold: the gate's threshold, in the gate's own units.
         speculate: draft tokens from a neighbour's continuation.
         trace: ask for one `TraceEntry` per generated token.
+        attribution: ask which documents the probabilities came from; generated tokens get their trace too.
     """
 
     datastore: str | list[WeightedDatastore] | None = None
+    mixture: str | None = None
+    weights: str | None = None
     k: int | None = None
     temperature: float | None = None
     lmbda: float | None = Field(
@@ -56,6 +67,7 @@ class KnnOptions(RequestPart):
     gate_threshold: float | None = None
     speculate: bool | None = None
     trace: bool | None = None
+    attribution: bool | None = None
 
 
 class StreamOptions(RequestPart):

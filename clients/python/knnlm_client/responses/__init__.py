@@ -11,7 +11,18 @@ from knnlm_client.responses.chat import (
     TokenLogprob,
     TopLogprob,
 )
-from knnlm_client.responses.common import KnnUsage, PromptTokensDetails, TraceEntry, TraceNeighbor, Usage
+from knnlm_client.responses.common import (
+    AnswerAttribution,
+    DocumentShare,
+    KnnUsage,
+    PromptTokensDetails,
+    TokenAttribution,
+    TokenSource,
+    TracedDatastore,
+    TraceEntry,
+    TraceNeighbor,
+    Usage,
+)
 from knnlm_client.responses.completions import Completion, CompletionChoice, CompletionChunk, Logprobs
 from knnlm_client.responses.neighbors import Neighbor, NeighborsResponse, NeighborsResult, NextToken
 from knnlm_client.responses.scoring import (
@@ -45,6 +56,7 @@ from knnlm_client.responses.server import (
 from knnlm_client.responses.tokenizer import Detokenization, Tokenization, TokenizerInfo
 
 __all__ = [
+    "AnswerAttribution",
     "AssistantMessage",
     "ChatChoice",
     "ChatChunkChoice",
@@ -60,6 +72,7 @@ __all__ = [
     "DatastoreListBody",
     "DatastoreProgress",
     "Detokenization",
+    "DocumentShare",
     "KnnUsage",
     "LoadEvent",
     "LoadEventBody",
@@ -86,12 +99,15 @@ __all__ = [
     "ScoredToken",
     "SelfTestReport",
     "ServerStatus",
+    "TokenAttribution",
     "TokenLogprob",
     "TokenLoss",
+    "TokenSource",
     "Tokenization",
     "TokenizerInfo",
     "TopLogprob",
     "TraceEntry",
     "TraceNeighbor",
+    "TracedDatastore",
     "Usage",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from knnlm_client.responses.common import GenerationAnswer, ResponsePart, TraceEntry, Usage
+from knnlm_client.responses.common import AnswerAttribution, GenerationAnswer, ResponsePart, TraceEntry, Usage
 
 
 class AssistantMessage(ResponsePart):
@@ -39,6 +39,7 @@ class ChatChoice(ResponsePart):
 
     Attributes:
         knn: the trace, where it was asked for: one entry per generated token.
+        attribution: which documents it came from, where that was asked for.
     """
 
     index: int
@@ -46,6 +47,7 @@ class ChatChoice(ResponsePart):
     finish_reason: str | None = None
     logprobs: ChatLogprobs | None = None
     knn: list[TraceEntry] | None = None
+    attribution: AnswerAttribution | None = None
 
 
 class ChatDelta(ResponsePart):
@@ -57,13 +59,14 @@ class ChatDelta(ResponsePart):
 
 
 class ChatChunkChoice(ResponsePart):
-    """A piece of one answer; `finish_reason` is None until it ends."""
+    """A piece of one answer; `finish_reason` is None until it ends, and so is `attribution`."""
 
     index: int
     delta: ChatDelta
     finish_reason: str | None = None
     logprobs: ChatLogprobs | None = None
     knn: list[TraceEntry] | None = None
+    attribution: AnswerAttribution | None = None
 
 
 class ChatCompletion(GenerationAnswer):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from knnlm_client.responses.common import GenerationAnswer, ResponsePart, TraceEntry, Usage
+from knnlm_client.responses.common import AnswerAttribution, GenerationAnswer, ResponsePart, TraceEntry, Usage
 
 
 class Logprobs(ResponsePart):
@@ -25,6 +25,7 @@ class CompletionChoice(ResponsePart):
 
     Attributes:
         knn: the trace, where it was asked for: one entry per generated token, none for echoed ones.
+        attribution: which documents it came from, where that was asked for; in a stream with the last piece.
     """
 
     index: int
@@ -32,6 +33,7 @@ class CompletionChoice(ResponsePart):
     finish_reason: str | None = None
     logprobs: Logprobs | None = None
     knn: list[TraceEntry] | None = None
+    attribution: AnswerAttribution | None = None
 
 
 class _CompletionAnswer(GenerationAnswer):

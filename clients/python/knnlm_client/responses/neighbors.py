@@ -31,11 +31,11 @@ class NextToken(ResponsePart):
 
 
 class NeighborsResult(ResponsePart):
-    """What the datastore retrieves after one context.
+    """What is retrieved after one context.
 
     Attributes:
         tokens: length of the context.
-        neighbors: nearest first.
+        neighbors: nearest first; of several datastores with a λ each, by weight.
         next_tokens: those of the largest p_knn.
     """
 

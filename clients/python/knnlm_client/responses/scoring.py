@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AliasChoices, Field, RootModel
 
-from knnlm_client.responses.common import ResponsePart
+from knnlm_client.responses.common import AnswerAttribution, ResponsePart, TokenAttribution
 
 
 class TokenLoss(ResponsePart):
@@ -47,6 +47,7 @@ class ScoredToken(ResponsePart):
     lmbda: float = Field(validation_alias=AliasChoices("lambda", "lmbda"), serialization_alias="lambda")
     decision: str
     longest_match: int | None = None  # with `overlap`; see `OverlapBucket`
+    attribution: TokenAttribution | None = None  # with `KnnOptions.attribution`
 
 
 class _Sums(ResponsePart):
@@ -68,6 +69,7 @@ class ScoreResult(_Sums):
     index: int
     document_id: str | None = None
     per_token: list[ScoredToken] | None = None
+    attribution: AnswerAttribution | None = None  # with `KnnOptions.attribution`
 
 
 class ScoreResponse(ResponsePart):
