@@ -16,7 +16,17 @@ from knnlm_core import errors
 from knnlm_server.api.errors import status_of
 
 DOCS = Path(__file__).parent
-COMMANDS = (None, "build", "serve", "score", "model", "demo")
+DATASTORE = ("list", "inspect", "verify", "diff", "export", "compact", "forget", "purge", "prune", "rollback")
+COMMANDS = (
+    None,
+    "build",
+    "serve",
+    "score",
+    "datastore",
+    *(f"datastore {command}" for command in DATASTORE),
+    "model",
+    "demo",
+)
 BUILD_ERRORS = (errors.CorpusError, errors.BuildError)
 
 
@@ -59,7 +69,7 @@ def cli_page() -> str:
     environment = {**os.environ, "COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}
     parts = ["# Command line", "", "<!-- Written by docs/generate.py from the commands' own --help. -->", ""]
     for command in COMMANDS:
-        words = ["knnlm", *([command] if command else []), "--help"]
+        words = ["knnlm", *(command.split() if command else []), "--help"]
         shown = subprocess.run(
             [sys.executable, "-m", "knnlm_cli", *words[1:]], env=environment, capture_output=True, text=True, check=True
         ).stdout

@@ -16,6 +16,7 @@ import torch
 from fastapi import FastAPI
 
 from knnlm_core import __version__
+from knnlm_core.datastore.snapshot import Snapshot
 from knnlm_core.errors import InvalidParameter, KnnlmError
 from knnlm_core.lm.loading import LoadOptions, load_lm, model_name
 from knnlm_server.api import (
@@ -38,7 +39,9 @@ from knnlm_server.api.openapi import DocumentedApp
 from knnlm_server.api.selection import SEPARATOR
 from knnlm_server.api.state import Backend, Service
 from knnlm_server.engine.engine import Engine, EngineConfig
+from knnlm_server.engine.shadow import ShadowSearch
 from knnlm_server.registry.config import RegistryConfig
+from knnlm_server.registry.generation import Lease
 from knnlm_server.registry.registry import Registry
 from knnlm_server.registry.startup import Wishes, restore
 from knnlm_server.registry.watch import Watcher
@@ -160,7 +163,20 @@ def build_backend(state: Service) -> Backend:
     watcher = Watcher(registry, settings.watch) if settings.watch else None
     if watcher is not None:
         watcher.start()
-    return Backend(lm, lm.tokenizer, engine, registry, name, watcher)
+    shadow = _shadow(registry, engine, settings.shadow_exact)
+    return Backend(lm, lm.tokenizer, engine, registry, name, watcher, shadow)
+
+
+def _shadow(registry: Registry, engine: Engine, fraction: float) -> ShadowSearch | None:
+    def pin(datastore: object) -> Lease | None:
+        assert isinstance(datastore, Snapshot), "only snapshots are shadowed"
+        return registry.pin(datastore)
+
+    if not fraction:
+        return None
+    shadow = ShadowSearch(fraction, pin, engine.metrics)
+    shadow.start()
+    return shadow
 
 
 def _verified_folder() -> Path:
@@ -176,5 +192,7 @@ def _stop(backend: Backend, drain_timeout_s: float) -> None:
     if backend.watcher is not None:
         backend.watcher.stop()
     backend.engine.stop(drain_timeout_s)
+    if backend.shadow is not None:
+        backend.shadow.stop()
     backend.registry.close()
     backend.lm.close()

@@ -26,6 +26,7 @@ def serve(
     state: Annotated[Path | None, _option("state", "--state")] = None,
     watch: Annotated[float | None, _option("watch", "--watch")] = None,
     datastore_bytes: Annotated[int | None, _option("datastore_bytes", "--datastore-bytes")] = None,
+    shadow_exact: Annotated[float | None, _option("shadow_exact", "--shadow-exact")] = None,
     keep_versions: Annotated[int | None, _option("keep_versions", "--keep-versions")] = None,
     served_model_name: Annotated[str | None, _option("served_model_name", "--served-model-name")] = None,
     host: Annotated[str | None, _option("host", "--host")] = None,

@@ -57,6 +57,13 @@ class ServerSettings(BaseSettings):
         description="Bound on all loaded datastores in bytes, those that drain included; one more is answered 409. By "
         "default unlimited.",
     )
+    shadow_exact: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of searched tokens that are searched again exactly, beside the engine; the metric "
+        "knnlm_shadow_recall tells what the index missed.",
+    )
     keep_versions: int | None = Field(
         default=None,
         ge=1,

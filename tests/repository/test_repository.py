@@ -117,6 +117,11 @@ def test_every_module_of_the_installed_wheel_can_be_imported(installed: Installe
     [
         (["--help"], ("build", "serve", "model", "demo", "--version", "--debug")),
         (["build", "--help"], ("--model", "--input", "--output", "--name", "--held-out-fraction")),
+        (
+            ["datastore", "--help"],
+            ("list", "inspect", "verify", "diff", "compact", "purge", "prune", "rollback", "export"),
+        ),
+        (["datastore", "purge", "--help"], ("ROOT/NAME", "--yes", "--json")),
         (["serve", "--help"], ("--model", "--datastores", "--load", "--admin-key", "--drain-timeout-s")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -139,10 +144,10 @@ def test_the_installed_console_script_runs_and_knows_its_version(installed: Inst
 
 
 FILES_OF_COMMANDS = """
-import json
+import json, sys
 from importlib.metadata import entry_points
 entries = entry_points(group="knnlm.commands")
-print(json.dumps({entry.name: entry.load().__code__.co_filename for entry in entries}))
+print(json.dumps({entry.name: (entry.load(), sys.modules[entry.module].__file__)[1] for entry in entries}))
 """
 
 

@@ -556,5 +556,6 @@ def test_the_client_mixes_datastores_and_reads_attributions(chatting: StreamingC
     assert [part.attribution for part in parts if part.attribution] == [answer.attribution]
     (result,) = chatting.call(lambda client: client.score(PROMPT, model="tiny-lm", per_token=True, knn=knn)).results
     check(result.attribution, [token.attribution for token in result.per_token])
-    near = chatting.call(lambda client: client.neighbors(PROMPT, model="tiny-lm@law+news")).results[0].neighbors
+    found = chatting.call(lambda client: client.neighbors(PROMPT, model="tiny-lm@law+news", limit=100))
+    near = found.results[0].neighbors
     assert {neighbor.datastore for neighbor in near} == {"law", "news"}

@@ -385,6 +385,18 @@ def test_metrics_count_loads_swaps_and_refusals(swapping_server: LiveServer, pub
     assert after["knnlm_datastores_used_bytes"] == server.http.get("/v1/datastores").json()["bytes_used"]
 
 
+def test_a_share_of_searches_is_repeated_exactly(start_server: Start, own_root: Path) -> None:
+    server = start_server(datastores=own_root, load=("law",), shadow_exact=1.0)
+    plain = start_server(datastores=own_root, load=("law",))
+    answers = [each.post("/v1/completions", BODY).json()["choices"] for each in (server, plain)]
+    assert answers[0] == answers[1]
+    wait_until(lambda: read(server)["knnlm_shadow_recall_count"] == 12)
+    assert read(server)["knnlm_shadow_recall_sum"] == 12  # the index here looks at every entry
+    assert read(plain)["knnlm_shadow_recall_count"] == 0
+    wait_until(server.is_idle)
+    assert server.http.delete("/v1/datastores/law").status_code == 200
+
+
 # -- starting again ----------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from knnlm_core.datastore.entries import Entries
 from knnlm_core.datastore.exclusion import merge_ranges
@@ -84,7 +84,7 @@ def select(
             leases.append(backend.registry.lease(store.name))
         names = [lease.datastore.name for lease in leases]
         _refuse_twice(names, stores)
-        retrieval = _retrieval(leases, stores, knn, excluded)
+        retrieval = _retrieval(backend, leases, stores, knn, excluded)
     except BaseException:
         for lease in leases:
             lease.release()
@@ -167,10 +167,17 @@ def _refuse_retrieval_fields(knn: KnnBody, exclude_documents: Sequence[str]) -> 
 
 
 def _retrieval(
-    leases: Sequence[Lease], stores: Sequence[WeightedDatastore], knn: KnnBody, exclude_documents: Sequence[str]
+    backend: Backend,
+    leases: Sequence[Lease],
+    stores: Sequence[WeightedDatastore],
+    knn: KnnBody,
+    exclude_documents: Sequence[str],
 ) -> Retrieval:
     excluded = _excluded([lease.datastore for lease in leases], exclude_documents)
-    sources = [_source(lease.datastore, knn, ranges) for lease, ranges in zip(leases, excluded, strict=True)]
+    sources = [
+        replace(_source(lease.datastore, knn, ranges), datastore=backend.searchable(lease.datastore))
+        for lease, ranges in zip(leases, excluded, strict=True)
+    ]
     # The only gate that a calibration can ask for is always.
     retrieval = Retrieval(tuple(sources), parse_gate(Gate.ALWAYS if knn.gate is None else knn.gate), knn.fusion)
     retrieval.check()

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 
 from fastapi import Request
 
+from knnlm_core.datastore.snapshot import Snapshot
 from knnlm_core.errors import NotReady, ShuttingDown
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.tokenizer import Tokenizer
+from knnlm_core.retrieval import Searchable
 from knnlm_server.api.threads import Threads
 from knnlm_server.engine.engine import Engine
+from knnlm_server.engine.shadow import Shadowed, ShadowSearch
 from knnlm_server.registry.registry import Registry
 from knnlm_server.registry.watch import Watcher
 from knnlm_server.settings import ServerSettings
@@ -27,8 +30,13 @@ class Backend:
     registry: Registry
     model_name: str
     watcher: Watcher | None = None
+    shadow: ShadowSearch | None = None
     threads: Threads = field(default_factory=Threads)
     created: int = field(default_factory=lambda: int(time.time()))  # when it became ready, seconds since 1970
+
+    def searchable(self, datastore: Snapshot) -> Searchable:
+        """What a request searches: the datastore, through the shadow if there is one."""
+        return datastore if self.shadow is None else Shadowed(datastore, self.shadow)
 
 
 @dataclass(slots=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from knnlm_core.datastore.recall import row_recall
 from knnlm_core.errors import InvalidParameter
+from knnlm_core.retrieval import Searchable
 from knnlm_core.types import EntryRange, Neighbors
 from knnlm_server.telemetry.metrics import EngineMetrics
 
@@ -37,6 +38,10 @@ class ExactlySearchable(Protocol):
     def search_exact(self, queries: Tensor, k: int, *, exclude: Sequence[EntryRange] = ()) -> Neighbors:
         """The k nearest entries of each query (B, D), all entries considered."""
         ...
+
+
+class ShadowedDatastore(Searchable, ExactlySearchable, Protocol):
+    """What is searched both ways."""
 
 
 class Pinned(Protocol):
@@ -57,6 +62,26 @@ class _Sample(NamedTuple):
     queries: Tensor  # (R, D), R ≤ ROWS_AT_ONCE
     found: Neighbors  # (R, K)
     exclude: tuple[EntryRange, ...]
+
+
+class Shadowed:
+    """A datastore whose searches are offered to a shadow. Equal where the datastore is the same one."""
+
+    def __init__(self, datastore: ShadowedDatastore, shadow: ShadowSearch) -> None:
+        self._datastore = datastore
+        self._shadow = shadow
+
+    def search(self, queries: Tensor, k: int, *, exclude: Sequence[EntryRange] = ()) -> Neighbors:
+        """As the datastore's."""
+        found = self._datastore.search(queries, k, exclude=exclude)
+        self._shadow.offer(self._datastore, queries, found, exclude)
+        return found
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Shadowed) and other._datastore is self._datastore
+
+    def __hash__(self) -> int:
+        return id(self._datastore)
 
 
 class ShadowSearch:
