@@ -19,8 +19,8 @@ def compact(place: Given, as_json: AsJson = False) -> None:
     """
     from knnlm_cli.datastore_facts import card
     from knnlm_cli.datastore_progress import shown_progress
-    from knnlm_core.datastore import compact as core  # imports faiss
     from knnlm_core.datastore import layout
+    from knnlm_core.datastore.maintenance import compact as core  # imports faiss
 
     where = read_place(place)
     before = layout.read_current(where.root, where.name).version
@@ -41,7 +41,7 @@ def compact(place: Given, as_json: AsJson = False) -> None:
 
 def forget(place: Given, documents: Documents, as_json: AsJson = False) -> None:
     """Delete documents: no search of any version finds them any more. Their text stays on the disk; see purge."""
-    from knnlm_core.datastore.forget import forget as core
+    from knnlm_core.datastore.maintenance.forget import forget as core
 
     root, name, _ = read_place(place)
     revision = core(root, name, documents, actor=actor())
@@ -65,7 +65,7 @@ def purge(
     """
     from knnlm_cli.datastore_progress import shown_progress
     from knnlm_cli.datastore_table import print_purge
-    from knnlm_core.datastore import purge as core  # imports faiss
+    from knnlm_core.datastore.maintenance import purge as core  # imports faiss
 
     root, name, _ = read_place(place)
     if not yes:
@@ -103,7 +103,7 @@ def prune(
 
     The current version and the one before it always stay.
     """
-    from knnlm_core.datastore import prune as core
+    from knnlm_core.datastore.maintenance import prune as core
 
     root, name, _ = read_place(place)
     removed = core.prune(root, name, keep, protect=protect or (), dry_run=dry_run)

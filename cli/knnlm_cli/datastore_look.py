@@ -56,7 +56,7 @@ def verify(
     """
     from knnlm_cli.datastore_progress import shown_progress
     from knnlm_cli.datastore_table import print_verification
-    from knnlm_core.datastore import verify as core  # imports faiss
+    from knnlm_core.datastore.maintenance import verify as core  # imports faiss
 
     root, name, version = read_place(place, with_version=True)
     with shown_progress() as progress:
@@ -79,8 +79,8 @@ def diff(
     """Compare two versions: documents by the digest of their text, entries, settings."""
     from knnlm_cli.datastore_progress import shown_progress
     from knnlm_cli.datastore_table import print_diff
-    from knnlm_core.datastore import diff as core
     from knnlm_core.datastore import layout
+    from knnlm_core.datastore.maintenance import diff as core
 
     where = read_place(place)
     newer = b or layout.read_current(where.root, where.name).version
@@ -107,7 +107,7 @@ def export(
 ) -> None:
     """Write the documents that are not deleted as JSON Lines that `knnlm build` reads, or the entries as a table."""
     from knnlm_cli.datastore_progress import shown_progress
-    from knnlm_core.datastore import export as core
+    from knnlm_core.datastore.maintenance import export as core
 
     root, name, version = read_place(place, with_version=True)
     is_entries = path.name.endswith(core.ENTRY_SUFFIXES)

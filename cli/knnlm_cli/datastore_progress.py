@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from knnlm_core.datastore.stages import StageProgress
+from knnlm_core.datastore.maintenance.stages import StageProgress
 
 
 @contextmanager

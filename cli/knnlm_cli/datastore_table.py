@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from knnlm_core.datastore.diff import VersionDiff
-    from knnlm_core.datastore.purge import PurgeReport
-    from knnlm_core.datastore.verify import Verification
+    from knnlm_core.datastore.maintenance.diff import VersionDiff
+    from knnlm_core.datastore.maintenance.purge import PurgeReport
+    from knnlm_core.datastore.maintenance.verify import Verification
 
 MAX_NAMED = 20  # documents or files, of each kind
 

@@ -453,7 +453,7 @@ def test_an_excluded_document_must_be_there(files: Files, published: Published, 
         ("--url", live_server.url, "--datastore", "law"),
     ):
         line = refused(files.texts, *place, "--exclude-document", "absent")
-        assert "no document 'absent' in this datastore (datastore_not_found)" in line
+        assert "no document 'absent' in datastore 'law' (document_not_found)" in line
 
 
 @pytest.mark.parametrize(

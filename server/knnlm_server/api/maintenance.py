@@ -10,9 +10,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from knnlm_core.datastore import layout
-from knnlm_core.datastore.compact import compact
 from knnlm_core.datastore.ledger import check_document_ids
-from knnlm_core.datastore.purge import PurgeReport, purge
+from knnlm_core.datastore.maintenance.compact import compact
+from knnlm_core.datastore.maintenance.purge import PurgeReport, purge
 from knnlm_core.errors import DatastoreConflict, InvalidParameter
 from knnlm_server.api.datastore_card import render_card
 from knnlm_server.api.json_route import JsonRoute

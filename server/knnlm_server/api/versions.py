@@ -13,11 +13,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from knnlm_core.datastore import layout
-from knnlm_core.datastore.diff import diff
-from knnlm_core.datastore.export import document_line
+from knnlm_core.datastore.maintenance.diff import diff
+from knnlm_core.datastore.maintenance.export import document_line
+from knnlm_core.datastore.maintenance.verify import verify
 from knnlm_core.datastore.manifest import Manifest
 from knnlm_core.datastore.snapshot import Snapshot
-from knnlm_core.datastore.verify import verify
 from knnlm_core.errors import DocumentNotFound
 from knnlm_server.api.json_route import JsonRoute
 from knnlm_server.api.schemas.datastores import Name

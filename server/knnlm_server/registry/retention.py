@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection
 from pathlib import Path
 
-from knnlm_core.datastore.prune import prune
+from knnlm_core.datastore.maintenance.prune import prune
 from knnlm_core.errors import DatastoreBusy, DatastoreError
 
 logger = logging.getLogger(__name__)

@@ -20,10 +20,10 @@ import pyarrow as pa
 from ledger_crasher import _SIMPLE, die, intercept
 from maintained_store import NAME
 
-from knnlm_core.datastore.compact import compact
 from knnlm_core.datastore.history import rollback
-from knnlm_core.datastore.prune import prune
-from knnlm_core.datastore.purge import purge
+from knnlm_core.datastore.maintenance.compact import compact
+from knnlm_core.datastore.maintenance.prune import prune
+from knnlm_core.datastore.maintenance.purge import purge
 
 PURGED = ["doc/3", "new/c", "held/1"]  # in the version, in the tail beside others, in held-out text
 OPERATIONS: dict[str, Callable[[Path], Any]] = {

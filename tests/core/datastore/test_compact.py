@@ -29,9 +29,9 @@ from small_store import random_keys
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.calibration import read_calibration
 from knnlm_core.datastore.canaries import canaries_of, self_test
-from knnlm_core.datastore.compact import compact
 from knnlm_core.datastore.index import EXACT_UP_TO, ivf_spec
-from knnlm_core.datastore.lock import BUILD_LOCK, lock_versions
+from knnlm_core.datastore.maintenance.compact import compact
+from knnlm_core.datastore.maintenance.lock import BUILD_LOCK, lock_versions
 from knnlm_core.datastore.manifest import version_of
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.errors import DatastoreBusy, DatastoreConflict, DatastoreCorrupt, DatastoreMismatch, DatastoreNotFound

@@ -13,12 +13,12 @@ import torch
 from maintained_store import ALIVE, NAME, change_a_lot, forget, living, publish_store, store_keys, teach
 
 from knnlm_builder.corpus import read_documents
-from knnlm_core.datastore import export as export_module
-from knnlm_core.datastore.compact import compact
-from knnlm_core.datastore.diff import Change, diff
 from knnlm_core.datastore.documents import Document
-from knnlm_core.datastore.export import export_documents, export_entries
 from knnlm_core.datastore.index import ivf_spec
+from knnlm_core.datastore.maintenance import export as export_module
+from knnlm_core.datastore.maintenance.compact import compact
+from knnlm_core.datastore.maintenance.diff import Change, diff
+from knnlm_core.datastore.maintenance.export import export_documents, export_entries
 from knnlm_core.datastore.segments import NewDocument
 from knnlm_core.errors import DatastoreNotFound, InvalidParameter
 

@@ -31,14 +31,14 @@ from maintained_store import (
 from small_store import document, random_keys
 
 from knnlm_core.datastore import layout
-from knnlm_core.datastore import purge as purge_module
 from knnlm_core.datastore.calibration import read_calibration
 from knnlm_core.datastore.canaries import canaries_of, self_test
-from knnlm_core.datastore.compact import compact
 from knnlm_core.datastore.history import read_history
 from knnlm_core.datastore.index import EXACT_UP_TO, ivf_spec
 from knnlm_core.datastore.ledger_file import read_ledger
-from knnlm_core.datastore.purge import purge
+from knnlm_core.datastore.maintenance import purge as purge_module
+from knnlm_core.datastore.maintenance.compact import compact
+from knnlm_core.datastore.maintenance.purge import purge
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.errors import DatastoreConflict, DocumentNotFound, InvalidParameter, VerifyFailed
 
@@ -332,7 +332,8 @@ def test_a_leftover_inside_a_rewritten_version_is_found(
             centroid = faiss.downcast_index(index.quantizer).reconstruct_n(0, 1)
             _patch_bytes(folder / file, centroid.tobytes(), keys[-15].astype(np.float32).tobytes())
         else:
-            monkeypatch.setattr("knnlm_core.datastore.purge_proof.read_documents", lambda path: [document(2, 20)])
+            read = "knnlm_core.datastore.maintenance.purge_proof.read_documents"
+            monkeypatch.setattr(read, lambda path: [document(2, 20)])
         return real(root, name, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(purge_module, "prove", prove_after_planting)

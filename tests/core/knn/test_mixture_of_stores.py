@@ -86,7 +86,8 @@ def expected(p_lm: np.ndarray, query: np.ndarray, retrieval: Retrieval | None) -
             total = math.fsum(math.exp(score - top) for score in scores.values())
             mass.append({e: source.weight * source.lmbda * math.exp(s - top) / total for e, s in scores.items()})
         lmbda = math.fsum(s.weight * s.lmbda for s, scores in zip(retrieval.sources, weighed, strict=True) if scores)
-    p, p_knn = (1 - lmbda) * p_lm, []
+    # λ is applied in float32; where it is nearly 1, its rounding is all that the LM's part is made of.
+    p, p_knn = (1 - float(np.float32(lmbda))) * p_lm, []
     for source, masses, scores in zip(retrieval.sources, mass, weighed, strict=True):
         for entry, share in masses.items():
             p[source.datastore.values[entry]] += share  # type: ignore[attr-defined]

@@ -13,10 +13,10 @@ from torch import Tensor
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.arrays import KeyArray, map_keys
 from knnlm_core.datastore.index import build_shard_index, choose_index, train_index
+from knnlm_core.datastore.maintenance.stages import StageProgress, counted
 from knnlm_core.datastore.manifest import IndexSpec, Manifest, ShardSection
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.datastore.recall import row_recall
-from knnlm_core.datastore.stages import StageProgress, counted
 from knnlm_core.durable import part_of, replace_file
 from knnlm_core.errors import VerifyFailed
 from knnlm_core.types import Neighbors

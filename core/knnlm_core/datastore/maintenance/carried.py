@@ -11,8 +11,8 @@ from pydantic import JsonValue
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.calibration import Calibration, calibration_id, read_calibration, write_calibration
 from knnlm_core.datastore.canaries import Canaries, canaries_of
-from knnlm_core.datastore.copies import Keep
 from knnlm_core.datastore.documents import DocumentsWriter
+from knnlm_core.datastore.maintenance.copies import Keep
 from knnlm_core.datastore.reader import Datastore
 
 TAIL_SUFFIX = "#tail"  # of the id of a document's end, where that was held out and the rest was not

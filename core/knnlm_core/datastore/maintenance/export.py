@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from knnlm_core.datastore.carried import keeps_held_out
-from knnlm_core.datastore.copies import Keep, Source
 from knnlm_core.datastore.documents import Document
 from knnlm_core.datastore.ledger_file import read_ledger
+from knnlm_core.datastore.maintenance.carried import keeps_held_out
+from knnlm_core.datastore.maintenance.copies import Keep, Source
+from knnlm_core.datastore.maintenance.stages import StageProgress, counted, silent
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.datastore.segments import open_segment
-from knnlm_core.datastore.stages import StageProgress, counted, silent
 from knnlm_core.durable import part_of, replace_file
 from knnlm_core.errors import InvalidParameter
 

@@ -18,16 +18,13 @@ from pydantic import JsonValue
 
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.canaries import RECORDED_RECALL, Canaries, self_test, write_canaries
-from knnlm_core.datastore.carried import canaries_to_keep, copy_held_out, keeps_held_out
 from knnlm_core.datastore.checksums import hash_file, record_files
-from knnlm_core.datastore.copies import Keep, Source, entries_in
 from knnlm_core.datastore.ledger_file import SegmentRecord
-from knnlm_core.datastore.manifest import DocumentsSection, FileRecord, Manifest, version_of
-from knnlm_core.datastore.publish import place
-from knnlm_core.datastore.reader import Datastore
-from knnlm_core.datastore.removal import remove_doomed
-from knnlm_core.datastore.rewrite_content import copy_documents, copy_entries
-from knnlm_core.datastore.rewrite_index import (
+from knnlm_core.datastore.maintenance.carried import canaries_to_keep, copy_held_out, keeps_held_out
+from knnlm_core.datastore.maintenance.copies import Keep, Source, entries_in
+from knnlm_core.datastore.maintenance.removal import remove_doomed
+from knnlm_core.datastore.maintenance.rewrite_content import copy_documents, copy_entries
+from knnlm_core.datastore.maintenance.rewrite_index import (
     SELF_QUERIES,
     TRAINED_ENTRIES,
     ChosenIndex,
@@ -37,8 +34,11 @@ from knnlm_core.datastore.rewrite_index import (
     self_recall,
     some_entries,
 )
+from knnlm_core.datastore.maintenance.stages import StageProgress, counted, silent
+from knnlm_core.datastore.manifest import DocumentsSection, FileRecord, Manifest, version_of
+from knnlm_core.datastore.publish import place
+from knnlm_core.datastore.reader import Datastore
 from knnlm_core.datastore.segments import open_segment
-from knnlm_core.datastore.stages import StageProgress, counted, silent
 from knnlm_core.durable import write_text
 from knnlm_core.errors import DatastoreConflict
 

@@ -9,10 +9,10 @@ import numpy as np
 
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.arrays import ValueColumns
-from knnlm_core.datastore.copies import Block, Keep, Source, entries_in
 from knnlm_core.datastore.documents import DocumentsWriter
+from knnlm_core.datastore.maintenance.copies import Block, Keep, Source, entries_in
+from knnlm_core.datastore.maintenance.stages import StageProgress, counted
 from knnlm_core.datastore.manifest import ShardSection
-from knnlm_core.datastore.stages import StageProgress, counted
 from knnlm_core.datastore.writer import ShardWriter
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from knnlm_core.datastore.traces import Rows, Traces
+from knnlm_core.datastore.maintenance.traces import Rows, Traces
 from knnlm_core.errors import VerifyFailed
 
 MIN_TEXT_BYTES = 16  # shorter ones stand everywhere

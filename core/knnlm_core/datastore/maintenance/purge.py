@@ -16,21 +16,21 @@ from pathlib import Path
 
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.calibration import read_calibration
-from knnlm_core.datastore.carried import copy_calibration
-from knnlm_core.datastore.copies import Keep, Source, entries_in
 from knnlm_core.datastore.history import revise_history
 from knnlm_core.datastore.layout import Current
 from knnlm_core.datastore.ledger import append_audit, check_document_ids, ledger_lock
 from knnlm_core.datastore.ledger_file import read_ledger
-from knnlm_core.datastore.lock import lock_versions
-from knnlm_core.datastore.purge_proof import Own, Proof, own_traces, prove
-from knnlm_core.datastore.purge_tail import rewrite_tail
+from knnlm_core.datastore.maintenance.carried import copy_calibration
+from knnlm_core.datastore.maintenance.copies import Keep, Source, entries_in
+from knnlm_core.datastore.maintenance.lock import lock_versions
+from knnlm_core.datastore.maintenance.purge_proof import Own, Proof, own_traces, prove
+from knnlm_core.datastore.maintenance.purge_tail import rewrite_tail
+from knnlm_core.datastore.maintenance.removal import orphaned_calibrations, remove_calibration, remove_version
+from knnlm_core.datastore.maintenance.rewrite import Rewriting, discard_leftover, rewrite
+from knnlm_core.datastore.maintenance.stages import StageProgress, silent
+from knnlm_core.datastore.maintenance.traces import Gathering, Traces
 from knnlm_core.datastore.reader import Datastore
-from knnlm_core.datastore.removal import orphaned_calibrations, remove_calibration, remove_version
-from knnlm_core.datastore.rewrite import Rewriting, discard_leftover, rewrite
 from knnlm_core.datastore.segments import open_segment
-from knnlm_core.datastore.stages import StageProgress, silent
-from knnlm_core.datastore.traces import Gathering, Traces
 from knnlm_core.errors import DatastoreConflict, DocumentNotFound, VerifyFailed
 
 

@@ -10,11 +10,11 @@ from knnlm_core.datastore.calibration import read_calibration
 from knnlm_core.datastore.canaries import SelfTest, self_test
 from knnlm_core.datastore.history import read_history
 from knnlm_core.datastore.ledger_file import LedgerState, read_ledger, segment_folders
+from knnlm_core.datastore.maintenance.rewrite import UNDER_WAY
+from knnlm_core.datastore.maintenance.stages import StageProgress, counted, silent
 from knnlm_core.datastore.manifest import Manifest
 from knnlm_core.datastore.reader import Datastore
-from knnlm_core.datastore.rewrite import UNDER_WAY
 from knnlm_core.datastore.segments import open_segment
-from knnlm_core.datastore.stages import StageProgress, counted, silent
 from knnlm_core.errors import DatastoreNotFound
 
 

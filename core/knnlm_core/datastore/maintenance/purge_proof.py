@@ -20,17 +20,17 @@ from knnlm_core.datastore.arrays import KeyArray
 from knnlm_core.datastore.batch_search import IvfLists, Lists, WholeIndex
 from knnlm_core.datastore.calibration import read_calibration
 from knnlm_core.datastore.canaries import canaries_of
-from knnlm_core.datastore.carried import HELD_OUT_IDS
-from knnlm_core.datastore.copies import Keep, Source
 from knnlm_core.datastore.documents import read_documents
 from knnlm_core.datastore.index import map_index
 from knnlm_core.datastore.ledger_file import read_ledger
+from knnlm_core.datastore.maintenance.carried import HELD_OUT_IDS
+from knnlm_core.datastore.maintenance.copies import Keep, Source
+from knnlm_core.datastore.maintenance.raw_search import RawSearch
+from knnlm_core.datastore.maintenance.stages import StageProgress, counted
+from knnlm_core.datastore.maintenance.traces import Positions, Rows, Traces, as_bytes, find_keys, find_runs
 from knnlm_core.datastore.manifest import ShardSection
-from knnlm_core.datastore.raw_search import RawSearch
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.datastore.segments import open_segment
-from knnlm_core.datastore.stages import StageProgress, counted
-from knnlm_core.datastore.traces import Positions, Rows, Traces, as_bytes, find_keys, find_runs
 
 # Ids stay in the ledger, so that no rebuild brings a document back, and in the audit log. Texts and keys do not.
 _MAY_NAME = frozenset({layout.LEDGER, layout.AUDIT})

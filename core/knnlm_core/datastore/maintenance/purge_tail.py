@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection
 
 import numpy as np
 
-from knnlm_core.datastore.copies import Keep, Source
 from knnlm_core.datastore.ledger import LedgerWriter
 from knnlm_core.datastore.ledger_file import SegmentRecord
+from knnlm_core.datastore.maintenance.copies import Keep, Source
 from knnlm_core.datastore.segments import NewDocument, open_segment, write_segment
 
 Noted = Callable[[int, Source, Keep], None]

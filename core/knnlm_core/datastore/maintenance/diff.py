@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.documents import read_documents
+from knnlm_core.datastore.maintenance.stages import StageProgress, counted, silent
 from knnlm_core.datastore.manifest import Manifest
-from knnlm_core.datastore.stages import StageProgress, counted, silent
 from knnlm_core.errors import DatastoreNotFound
 
 # Fields of the manifest that settle what entries mean and how they are found; the others follow from the documents.

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
 from knnlm_core.datastore.canaries import canaries_of
-from knnlm_core.datastore.carried import TAIL_SUFFIX, whole_document
-from knnlm_core.datastore.copies import Keep, Source
+from knnlm_core.datastore.maintenance.carried import TAIL_SUFFIX, whole_document
+from knnlm_core.datastore.maintenance.copies import Keep, Source
 from knnlm_core.datastore.reader import Datastore
 
 RUN_TOKENS = 16  # that follow each other in the document
