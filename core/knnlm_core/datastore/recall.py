@@ -6,7 +6,10 @@ import math
 
 from torch import Tensor
 
+from knnlm_core.datastore.entries import Entries
 from knnlm_core.types import Neighbors
+
+_ROUNDING = 1e-6  # of the squared norm; other keys are farther away by several orders of magnitude
 
 
 def row_recall(found: Neighbors, exact: Neighbors, k: int) -> Tensor:
@@ -21,3 +24,17 @@ def row_recall(found: Neighbors, exact: Neighbors, k: int) -> Tensor:
     near = (found.distances[:, :k] <= farthest[:, None] * (1 + 1e-4) + 1e-4) & (found.entry_ids[:, :k] >= 0)
     hits = near.sum(dim=1).minimum(wanted)
     return (hits / wanted.clamp(min=1)).masked_fill(wanted == 0, 1.0)
+
+
+def self_recall(entries: Entries, ids: Tensor, *, nprobe: int | None = None) -> float:
+    """Share of some entries whose stored key finds an equal key, at no distance, as its nearest.
+
+    Repeated text has equal keys: any entry with the same key is the same place. Distances are the index's own opinion,
+    and rounded where many queries are searched at once; whether its row numbers are those of the stored keys, only the
+    keys can tell.
+    """
+    keys = entries.keys(ids)
+    found = entries.search(keys, 1, nprobe=nprobe)
+    is_same = (entries.keys(found.entry_ids[:, 0].clamp(min=0)) == keys).all(dim=1)
+    no_distance = found.distances[:, 0] <= _ROUNDING * keys.square().sum(dim=1)
+    return float((is_same & no_distance).double().mean())

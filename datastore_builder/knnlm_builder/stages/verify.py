@@ -10,6 +10,7 @@ import torch
 from knnlm_builder.stages.plan import Plan
 from knnlm_core.datastore.canaries import self_test
 from knnlm_core.datastore.reader import Datastore
+from knnlm_core.datastore.recall import self_recall
 from knnlm_core.errors import DatastoreCorrupt, VerifyFailed
 
 SELF_QUERIES = 256
@@ -36,14 +37,9 @@ def verify(datastore: Datastore, plan: Plan, *, nprobe: int, seed: int) -> SelfC
         )
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randperm(datastore.entries, generator=generator)[:SELF_QUERIES]
-    keys = datastore.keys(ids)
-    found = datastore.search(keys, 1, nprobe=nprobe or None)
-    # Repeated text has equal keys: any entry with the same key is the same place. Distances are the index's own
-    # opinion; whether its row numbers are those of the stored keys, only the keys can tell.
-    is_same = (datastore.keys(found.entry_ids[:, 0].clamp(min=0)) == keys).all(dim=1)
-    self_recall = float((is_same & (found.distances[:, 0] == 0)).double().mean())
-    if self_recall < MIN_SELF_RECALL:
-        raise VerifyFailed(f"self-recall is {self_recall:.4f}, at least {MIN_SELF_RECALL} is needed")
+    share = self_recall(datastore, ids, nprobe=nprobe or None)
+    if share < MIN_SELF_RECALL:
+        raise VerifyFailed(f"self-recall is {share:.4f}, at least {MIN_SELF_RECALL} is needed")
     for document in plan.documents[:: max(1, len(plan.documents) // 8)]:
         if not document.num_entries:
             continue
@@ -52,7 +48,7 @@ def verify(datastore: Datastore, plan: Plan, *, nprobe: int, seed: int) -> SelfC
         need = torch.from_numpy(plan.tokens(document)[1:].astype("int64"))
         if not torch.equal(have, need):
             raise VerifyFailed(f"document {document.id!r}: its entries' values are not its tokens")
-    return SelfCheck(len(ids), self_recall)
+    return SelfCheck(len(ids), share)
 
 
 def verify_as_reader(folder: Path) -> None:

@@ -32,7 +32,7 @@ from knnlm_core.datastore.living import LivingName
 from knnlm_core.datastore.manifest import Manifest
 from knnlm_core.datastore.publish import publish
 from knnlm_core.datastore.reader import Datastore
-from knnlm_core.datastore.recall import row_recall
+from knnlm_core.datastore.recall import row_recall, self_recall
 from knnlm_core.errors import BuildError, DatastoreCorrupt, InvalidParameter
 from knnlm_core.types import Neighbors
 
@@ -273,3 +273,17 @@ def test_a_file_holds_between_one_and_512_queries(tmp_path: Path, monkeypatch: p
         written(tmp_path / "c", of(MAX_CANARIES + 1))
     with pytest.raises(DatastoreCorrupt, match=f"has {MAX_CANARIES + 1} queries, needs 1 … {MAX_CANARIES}"):
         read_canaries(tmp_path / "c", dim=2, entries=1)
+
+
+def test_stored_keys_find_themselves_also_where_distances_are_rounded(tmp_path: Path) -> None:
+    """Many queries at once are searched by products, whose distance of equal keys is a hair above zero."""
+    keys = random_keys(900, 24, duplicates=40)
+    with open_new(tmp_path, Plan(keys, spec=ivf_spec(4, nprobe=4, train_vectors=160))) as store:
+        ids = torch.arange(0, 900, 3)
+        assert (store.search(store.keys(ids), 1).distances > 0).any()
+        assert self_recall(store, ids) == 1.0
+    other = random_keys(900, 24, seed=5)
+    with open_new(tmp_path / "other", Plan(other, spec=ivf_spec(4, nprobe=1, train_vectors=160), salt=1)) as store:
+        shard = store._parts()[0].shard
+        shard.keys = shard.keys + np.float16(0.01)  # the index holds other keys than the file
+        assert self_recall(store, ids) == 0.0

@@ -29,9 +29,9 @@ from knnlm_core.datastore.maintenance.rewrite_index import (
     TRAINED_ENTRIES,
     ChosenIndex,
     build_index,
+    check_self_recall,
     choose,
     pass_gate,
-    self_recall,
     some_entries,
 )
 from knnlm_core.datastore.maintenance.stages import StageProgress, counted, silent
@@ -206,7 +206,7 @@ def _finish(folder: Path, manifest: Manifest, canaries: Canaries | None, progres
             "recall_queries": len(queries),
             "recall_queries_from": "stored keys" if canaries is None else "canaries",
             RECORDED_RECALL: gate.recall_at_32,
-            "self_recall": self_recall(store, own[:SELF_QUERIES], gate.nprobe),
+            "self_recall": check_self_recall(store, own[:SELF_QUERIES], gate.nprobe),
             "self_queries": len(own[:SELF_QUERIES]),
         }
     files = manifest.files

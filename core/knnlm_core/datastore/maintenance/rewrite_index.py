@@ -16,7 +16,7 @@ from knnlm_core.datastore.index import build_shard_index, choose_index, train_in
 from knnlm_core.datastore.maintenance.stages import StageProgress, counted
 from knnlm_core.datastore.manifest import IndexSpec, Manifest, ShardSection
 from knnlm_core.datastore.reader import Datastore
-from knnlm_core.datastore.recall import row_recall
+from knnlm_core.datastore.recall import row_recall, self_recall
 from knnlm_core.durable import part_of, replace_file
 from knnlm_core.errors import VerifyFailed
 from knnlm_core.types import Neighbors
@@ -96,12 +96,9 @@ def pass_gate(store: Datastore, queries: Tensor, progress: StageProgress) -> Gat
         nprobe = min(2 * nprobe, nlist)
 
 
-def self_recall(store: Datastore, ids: Tensor, nprobe: int) -> float:
-    """Share of some entries whose stored key finds an equal key at distance 0. Raises VerifyFailed: too few."""
-    keys = store.keys(ids)
-    found = store.search(keys, 1, nprobe=nprobe or None)
-    is_same = (store.keys(found.entry_ids[:, 0].clamp(min=0)) == keys).all(dim=1)
-    share = float((is_same & (found.distances[:, 0] == 0)).double().mean())
+def check_self_recall(store: Datastore, ids: Tensor, nprobe: int) -> float:
+    """As `self_recall`. Raises VerifyFailed: too few."""
+    share = self_recall(store, ids, nprobe=nprobe or None)
     if share < MIN_SELF_RECALL:
         raise VerifyFailed(f"self-recall of the rewritten version is {share:.4f}, at least {MIN_SELF_RECALL} is needed")
     return share
