@@ -277,7 +277,7 @@ def test_a_file_holds_between_one_and_512_queries(tmp_path: Path, monkeypatch: p
 
 def test_stored_keys_find_themselves_also_where_distances_are_rounded(tmp_path: Path) -> None:
     """Many queries at once are searched by products, whose distance of equal keys is a hair above zero."""
-    keys = random_keys(900, 24, duplicates=40)
+    keys = random_keys(900, 576, duplicates=40)
     with open_new(tmp_path, Plan(keys, spec=ivf_spec(4, nprobe=4, train_vectors=160))) as store:
         ids = torch.arange(0, 900, 3)
         assert (store.search(store.keys(ids), 1).distances > 0).any()
