@@ -153,6 +153,15 @@ def test_a_learned_document_is_scored_without_itself(server: LiveServer) -> None
     )
 
 
+def test_a_document_of_one_token_is_kept_and_makes_no_entry(server: LiveServer, lm: HuggingFaceLM) -> None:
+    word = lm.tokenizer.token_text(lm.tokenizer.encode(FACT)[0])
+    assert len(lm.tokenizer.encode(word)) == 1
+    card = learn(server, {"id": "one", "text": word}).json()
+    assert card["documents"] == [{"id": "one", "tokens": 1, "entries": 0}]
+    assert server.backend.registry.status("law").datastore.document("one").text == word
+    assert forget(server, "one").status_code == 200
+
+
 def test_text_is_kept_as_a_build_would(server: LiveServer) -> None:
     learn(server, {"id": "crlf", "text": "One line.\r\nAnother\rand one.", "tags": ["a"], "uri": "file:x"})
     document = server.backend.registry.status("law").datastore.document("crlf")

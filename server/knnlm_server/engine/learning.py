@@ -47,8 +47,10 @@ class LearnRequest:
         return self._queue.is_empty
 
     def run(self, lm: CausalLM, token_budget: int) -> Searches:
-        """Encode the next windows."""
+        """Encode the next windows; documents of one token have none."""
         taken = self._queue.take(token_budget)
+        if not taken:
+            return Searches(0, 0)
         # The row at position t predicts token t + 1, so a window's last token is never an input.
         inputs = [torch.from_numpy(self.texts[text][cut.begin : cut.end - 1].astype(np.int64)) for text, cut in taken]
         rows = lm.encode(inputs, [cut.first_target - 1 - cut.begin for _, cut in taken])  # type: ignore[arg-type]
