@@ -16,14 +16,14 @@
     │   └── UnsupportedModel           it loads, but a check of the adapter fails
     ├── DatastoreError
     │   ├── DatastoreNotFound          no such name, version or document
+    │   │   └── DocumentNotFound       … no such document, or it was deleted
     │   ├── DatastoreMismatch          built for another LM, tokenizer or key tap
     │   ├── DatastoreCorrupt           a file contradicts the manifest
     │   ├── DatastoreBusy              another change of the same name is under way
     │   ├── DatastoreConflict          the present state does not allow the change
     │   ├── DatastoreBudget            loading would exceed the server's memory budget
     │   ├── DatastoreReadOnly          its folder cannot be written
-    │   ├── DocumentExists             a document of that id is there and alive
-    │   └── DocumentNotFound           no such document, or it was deleted
+    │   └── DocumentExists             a document of that id is there and alive
     ├── CorpusError
     │   ├── InputNotFound              a path does not exist
     │   ├── UnreadableInput            a file is not what its suffix says

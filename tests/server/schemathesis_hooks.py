@@ -28,6 +28,8 @@ CONTEXT = {
     r"|must name different datastores|must give a weight to all datastores or to none|exactly one datastore",
     "neighbours in all": r"`knn.k` must be at most \d+ for all|`knn.attribution` may attribute at most",
     "nothing to attribute": r"`knn.attribution` must be false here",
+    "one id twice": r"`documents` must hold each id once",
+    "no text": r"has a NUL at character",
     "reserved name": r"`name` of a datastore must be 1 to 63|`aliases` must be fit to be a datastore's name",
     "fields that must agree": r"without `echo`, got 0|`stream_options` needs|`best_of` must (be at least|equal) `n`"
     r"|`min_tokens` must be from 0 to|`top_logprobs` needs|must agree with `max_tokens`|exactly one of `prompt` and"

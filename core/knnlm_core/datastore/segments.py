@@ -104,7 +104,10 @@ class Segment:
         self.folder = folder
         self.manifest = manifest
         self.documents = DocumentTable(
-            folder / layout.DOCUMENTS, documents=len(manifest.documents), entries=manifest.entries
+            folder / layout.DOCUMENTS,
+            documents=len(manifest.documents),
+            entries=manifest.entries,
+            keep_open=False,  # a name may have very many segments
         )
         try:
             self._check_documents()

@@ -78,6 +78,7 @@ def _compact(registry: Registry, given: str) -> DatastoreStatus:
 def _purge(registry: Registry, given: str, document_ids: list[str]) -> tuple[PurgeReport, DatastoreStatus]:
     root, name = _serves_current(registry, given)
     report = purge(root, name, document_ids)
+    registry.replaced(name, report.versions)
     # Also where its version stays: what was learned is read anew, without what has gone.
     return report, registry.load(name).status
 

@@ -28,6 +28,7 @@ from knnlm_server.api.schemas.datastores import DatastoreProgress
 from knnlm_server.api.schemas.errors import ErrorBody
 from knnlm_server.api.schemas.events import SCHEMAS
 from knnlm_server.api.schemas.score import ScoreProgressLine, ScoreResultLine, ScoreTotalLine
+from knnlm_server.api.schemas.versions import ExportedDocument
 from knnlm_server.api.security import ADMIN_KEY, API_KEY
 from knnlm_server.settings import ServerSettings
 
@@ -42,6 +43,7 @@ _NOT_BY_ROUTES = (
     ScoreResultLine,
     ScoreTotalLine,
     DatastoreProgress,
+    ExportedDocument,
 )
 _NEVER_SENT = ("HTTPValidationError", "ValidationError")
 _LIMITS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")

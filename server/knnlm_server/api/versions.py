@@ -82,6 +82,7 @@ async def diff_versions(name: Name, a: Version, b: Version, request: Request) ->
     "/v1/datastores/{name}/export",
     summary="Export documents",
     response_model=None,
+    response_class=Response,
     responses={200: {"content": json_lines(ExportedDocument)}},
 )
 async def export_documents(name: Name, request: Request) -> Response:
