@@ -15,9 +15,9 @@ from knnlm_server.api.schemas.limits import shown
 class PurgeBody(ClosedBody):
     """``POST /v1/datastores/{name}/purge``."""
 
-    documents: Annotated[list[NonEmpty], Field(fail_fast=True), shown(minItems=1, maxItems=MAX_LEARNED_DOCUMENTS, uniqueItems=True)] = (
-        Field(description="Ids of the documents to forget for good, deleted already or not.")
-    )
+    documents: Annotated[
+        list[NonEmpty], Field(fail_fast=True), shown(minItems=1, maxItems=MAX_LEARNED_DOCUMENTS, uniqueItems=True)
+    ] = Field(description="Ids of the documents to forget for good, deleted already or not.")
 
 
 class Purged(BaseModel):
