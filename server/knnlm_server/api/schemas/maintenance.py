@@ -11,13 +11,15 @@ from knnlm_server.api.schemas.datastores import DatastoreCard
 from knnlm_server.api.schemas.documents import MAX_LEARNED_DOCUMENTS
 from knnlm_server.api.schemas.limits import shown
 
+_DOCUMENTS = shown(minItems=1, maxItems=MAX_LEARNED_DOCUMENTS, uniqueItems=True)
+
 
 class PurgeBody(ClosedBody):
     """``POST /v1/datastores/{name}/purge``."""
 
-    documents: Annotated[
-        list[NonEmpty], Field(fail_fast=True), shown(minItems=1, maxItems=MAX_LEARNED_DOCUMENTS, uniqueItems=True)
-    ] = Field(description="Ids of the documents to forget for good, deleted already or not.")
+    documents: Annotated[list[NonEmpty], Field(fail_fast=True), _DOCUMENTS] = Field(
+        description="Ids of the documents to forget for good, deleted already or not."
+    )
 
 
 class Purged(BaseModel):
