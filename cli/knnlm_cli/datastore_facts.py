@@ -7,9 +7,10 @@ from typing import Any
 
 from knnlm_cli.datastore_place import Place
 from knnlm_core.datastore import layout
-from knnlm_core.datastore.calibration import Calibration, find_calibration, read_calibration
+from knnlm_core.datastore.calibration import find_calibration, read_calibration
 from knnlm_core.datastore.history import previous, read_history
 from knnlm_core.datastore.ledger_file import LedgerState, read_ledger
+from knnlm_core.datastore.maintenance.versions import list_versions
 from knnlm_core.datastore.manifest import Manifest
 from knnlm_core.errors import DatastoreNotFound, KnnlmError
 
@@ -56,7 +57,7 @@ def card(place: Place) -> dict[str, Any]:
         "versions": len(published),
         "model_name": manifest.lm.model_name,
         "model_fingerprint": manifest.lm.model_fingerprint,
-        "calibration": _calibration(read_calibration(root, name, calibration)) if calibration is not None else None,
+        "calibration": read_calibration(root, name, calibration).settings() if calibration is not None else None,
     }
 
 
@@ -71,23 +72,11 @@ def inspect(place: Place) -> dict[str, Any]:
         **known,
         "path": str(folder),
         "history": [entry._asdict() for entry in read_history(root, name)],
-        "versions": [_version(root, name, version) for version in layout.published_versions(root, name)],
+        "versions": [version._asdict() for version in list_versions(root, name)],
         "tail": _tail(state, manifest),
         "manifest": manifest.model_dump(mode="json", exclude={"files", "shards"}),
         "shards": [shard.entries for shard in manifest.shards],
         "files": len(manifest.files),
-    }
-
-
-def _version(root: Path, name: str, version: str) -> dict[str, Any]:
-    manifest = Manifest.read(layout.version_folder(root, name, version) / layout.MANIFEST)
-    return {
-        "version": version,
-        "parent_version": manifest.parent_version,
-        "revision": manifest.revision,
-        "entries": manifest.entries,
-        "documents": manifest.documents.count,
-        "bytes": manifest.num_bytes,
     }
 
 
@@ -105,14 +94,3 @@ def _tail(state: LedgerState, manifest: Manifest) -> list[dict[str, Any]]:
         }
         for record in state.segments
     ]
-
-
-def _calibration(calibration: Calibration) -> dict[str, Any]:
-    return {
-        "id": calibration.id,
-        "k": calibration.k,
-        "temperature": calibration.knn_temperature,
-        "lambda": calibration.lmbda,
-        "gate": calibration.gate,
-        "helps": calibration.helps,
-    }

@@ -18,7 +18,6 @@ from knnlm_cli.score_results import DocumentScores
 from knnlm_cli.score_settings import ScoreSettings
 from knnlm_cli.score_used import Setting, Used, choose_retrieval, choose_windows
 from knnlm_core.datastore import layout
-from knnlm_core.datastore.calibration import Calibration
 from knnlm_core.datastore.exclusion import merge_ranges
 from knnlm_core.datastore.living import LivingName
 from knnlm_core.datastore.overlap import longest_matches
@@ -66,7 +65,9 @@ class OfflineScorer:
         calibration = datastore.calibration if datastore is not None else None
         if datastore is not None:
             datastore.require_fits(lm.identity)
-            retrieval = choose_retrieval(settings, datastore.name, _named(calibration))
+            retrieval = choose_retrieval(
+                settings, datastore.name, calibration.settings() if calibration is not None else None
+            )
             self._retrieval = _retrieval(datastore, retrieval, settings.exclude_documents)
         name = lm.identity.model_name
         self.used = Used(
@@ -163,19 +164,6 @@ class OfflineScorer:
         if self._settings.per_token is None:
             return None
         return list(TokenRenderer(self._lm.tokenizer, self._retrieval).entries(text, scores, longest_match))
-
-
-def _named(calibration: Calibration | None) -> dict[str, Any] | None:
-    """As `/v1/datastores` names its settings."""
-    if calibration is None:
-        return None
-    return {
-        "id": calibration.id,
-        "k": calibration.k,
-        "temperature": calibration.knn_temperature,
-        "lambda": calibration.lmbda,
-        "gate": calibration.gate,
-    }
 
 
 def _retrieval(datastore: Snapshot, settings: Mapping[str, Setting], excluded: Sequence[str]) -> Retrieval:

@@ -43,6 +43,17 @@ class Calibration(BaseModel):
     report: dict[str, JsonValue]
     helps: Annotated[bool, Field(strict=True)]
 
+    def settings(self) -> dict[str, JsonValue]:
+        """What requests use, by the names of the HTTP API."""
+        return {
+            "id": self.id,
+            "k": self.k,
+            "temperature": self.knn_temperature,
+            "lambda": self.lmbda,
+            "gate": self.gate,
+            "helps": self.helps,
+        }
+
 
 def calibration_id(datastore_version: str, protocol: Mapping[str, JsonValue]) -> str:
     """Name a calibration by its inputs, as `version_of` names a version."""

@@ -38,12 +38,7 @@ def render_card(status: DatastoreStatus) -> dict[str, Any]:
 def _render_calibration(calibration: Calibration) -> dict[str, Any]:
     """What requests use and how good it was; the protocol's long lists of digests stay in the file."""
     return {
-        "id": calibration.id,
-        "k": calibration.k,
-        "temperature": calibration.knn_temperature,
-        "lambda": calibration.lmbda,
-        "gate": calibration.gate,
-        "helps": calibration.helps,
+        **calibration.settings(),
         "report": calibration.report,
         "held_out_documents": calibration.protocol.get("held_out_documents"),
     }

@@ -16,7 +16,7 @@ from knnlm_core.datastore import layout
 from knnlm_core.datastore.maintenance.diff import diff
 from knnlm_core.datastore.maintenance.export import document_line
 from knnlm_core.datastore.maintenance.verify import verify
-from knnlm_core.datastore.manifest import Manifest
+from knnlm_core.datastore.maintenance.versions import list_versions
 from knnlm_core.datastore.snapshot import Snapshot
 from knnlm_core.errors import DocumentNotFound
 from knnlm_server.api.json_route import JsonRoute
@@ -50,7 +50,7 @@ T = TypeVar("T")
     response_model=None,
     responses={200: {"model": VersionList}},
 )
-async def list_versions(name: Name, request: Request) -> dict[str, Any]:
+async def list_published_versions(name: Name, request: Request) -> dict[str, Any]:
     """Every published version of a loaded name."""
     return {"object": "list", "data": await _on_disk(request, partial(_versions, backend(request).registry, name))}
 
@@ -115,22 +115,10 @@ def _home(registry: Registry, given: str) -> tuple[Path, str]:
 def _versions(registry: Registry, given: str) -> list[dict[str, Any]]:
     root, name = _home(registry, given)
     serving, current = registry.status(name).datastore.version, layout.read_current(root, name).version
-    listed = []
-    for version in layout.published_versions(root, name):
-        manifest = Manifest.read(layout.version_folder(root, name, version) / layout.MANIFEST)
-        listed.append(
-            {
-                "version": version,
-                "parent_version": manifest.parent_version,
-                "revision": manifest.revision,
-                "entries": manifest.entries,
-                "documents": manifest.documents.count,
-                "bytes": manifest.num_bytes,
-                "current": version == current,
-                "serving": version == serving,
-            }
-        )
-    return listed
+    return [
+        {**facts._asdict(), "current": facts.version == current, "serving": facts.version == serving}
+        for facts in list_versions(root, name)
+    ]
 
 
 def _verified(registry: Registry, given: str, version: str | None) -> dict[str, Any]:
