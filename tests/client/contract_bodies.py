@@ -304,6 +304,87 @@ LOAD_EVENTS: list[dict[str, Any]] = [
     DATASTORE,
 ]
 
+REVISION: dict[str, Any] = {
+    "object": "datastore.revision",
+    "name": "law",
+    "version": "v3",
+    "generation": 2,
+    "revision": 6,
+}
+LEARNED: dict[str, Any] = REVISION | {"documents": [{"id": "manuals/valve", "tokens": 12, "entries": 11}]}
+FORGOTTEN: dict[str, Any] = REVISION | {"document_id": "manuals/valve"}
+COMPACTED: dict[str, Any] = DATASTORE | {"version": "v4", "generation": 3, "learned_documents": 0, "previous": "v3"}
+PURGED: dict[str, Any] = {
+    "object": "datastore.purge",
+    "documents": ["manuals/valve"],
+    "revision": 8,
+    "replaced_versions": {"v3": "v4", "v2": None},
+    "files_searched": 31,
+    "datastore": COMPACTED,
+}
+VERSIONS: dict[str, Any] = {
+    "object": "list",
+    "data": [
+        {
+            "version": "v2",
+            "parent_version": None,
+            "revision": 0,
+            "entries": 49_000,
+            "documents": 118,
+            "bytes": 60_000_000,
+            "current": False,
+            "serving": False,
+        },
+        {
+            "version": "v3",
+            "parent_version": "v2",
+            "revision": 2,
+            "entries": 50_000,
+            "documents": 120,
+            "bytes": 61_000_000,
+            "current": True,
+            "serving": True,
+        },
+    ],
+}
+VERIFIED: dict[str, Any] = {
+    "object": "datastore.verification",
+    "name": "law",
+    "versions": [
+        {"version": "v2", "files": 11, "bytes": 60_000_000, "canary_queries": 0, "recall_at_32": None},
+        {"version": "v3", "files": 12, "bytes": 61_000_000, "canary_queries": 8, "recall_at_32": 0.98},
+    ],
+    "revision": 5,
+    "segments": 2,
+    "leftovers": ["v9.part"],
+}
+DIFF: dict[str, Any] = {
+    "object": "datastore.diff",
+    "name": "law",
+    "a": "v2",
+    "b": "v3",
+    "entries": {"a": 49_000, "b": 50_000},
+    "added": ["act-7", "act-8"],
+    "removed": [],
+    "changed": ["act-1"],
+    "num_added": 2,
+    "num_removed": 0,
+    "num_changed": 1,
+    "num_unchanged": 117,
+    "settings": {"index.nlist": {"a": 64, "b": 128}, "calibration": {"a": None, "b": {"lambda": 0.25}}},
+}
+EXPORTED: list[dict[str, Any]] = [
+    {
+        "id": "act-7",
+        "text": "The buyer shall pay the price.\nDer Käufer zahlt.",
+        "uri": "https://example.org/act-7",
+        "title": "Act 7",
+        "licence": "CC0-1.0",
+        "tags": ["law", "sale"],
+    },
+    {"id": 'a/b "error"\u2028', "text": '{"error": "a text may look like one"}'},
+]
+
 
 def sse(*bodies: dict[str, Any]) -> list[bytes]:
     """Events with these JSON bodies, each as its own piece, in the bytes of the wire."""

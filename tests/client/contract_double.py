@@ -17,18 +17,26 @@ from contract_bodies import (
     CHAT,
     CHAT_CHUNKS,
     CHUNKS,
+    COMPACTED,
     COMPLETION,
     DATASTORE,
     DATASTORES,
+    DIFF,
     DONE,
+    EXPORTED,
+    FORGOTTEN,
+    LEARNED,
     LOAD_EVENTS,
     MODELS,
     NEIGHBORS,
+    PURGED,
     READY,
     SCORE,
     SCORE_EVENTS,
     TOKENIZATION,
     TOKENIZER_INFO,
+    VERIFIED,
+    VERSIONS,
     ndjson,
     sse,
 )
@@ -45,6 +53,7 @@ class SeenRequest:
 
     method: str
     path: str  # as sent, still quoted
+    query: str  # likewise
     authorization: str | None
     user_agent: str | None
     body: Any
@@ -119,6 +128,7 @@ class ContractDouble:
                 SeenRequest(
                     method=scope["method"],
                     path=scope["raw_path"].decode(),
+                    query=scope["query_string"].decode(),
                     authorization=headers[b"authorization"].decode() if b"authorization" in headers else None,
                     user_agent=headers[b"user-agent"].decode(),
                     body=json.loads(body) if body else None,
@@ -183,7 +193,41 @@ def _routes(double: ContractDouble) -> FastAPI:
     async def datastores() -> Response:
         return JSONResponse(DATASTORES)
 
-    @app.get("/v1/datastores/{name:path}")
+    @app.post("/v1/datastores/{name}/documents")
+    async def learn(name: str) -> Response:
+        return JSONResponse(LEARNED | {"name": name}, 201)
+
+    @app.delete("/v1/datastores/{name}/documents/{document_id:path}")
+    async def forget(name: str, document_id: str) -> Response:
+        return JSONResponse(FORGOTTEN | {"name": name, "document_id": document_id})
+
+    @app.post("/v1/datastores/{name}/compact")
+    async def compact(name: str) -> Response:
+        return JSONResponse(COMPACTED | {"name": name})
+
+    @app.post("/v1/datastores/{name}/purge")
+    async def purge(name: str, request: Request) -> Response:
+        return JSONResponse(PURGED | {"documents": (await request.json())["documents"]})
+
+    @app.get("/v1/datastores/{name}/versions")
+    async def versions(name: str) -> Response:
+        return JSONResponse(VERSIONS)
+
+    @app.post("/v1/datastores/{name}/verify")
+    async def verify(name: str, request: Request) -> Response:
+        asked = (await request.json()).get("version")
+        checked = [version for version in VERIFIED["versions"] if asked in {None, version["version"]}]
+        return JSONResponse(VERIFIED | {"name": name, "versions": checked})
+
+    @app.get("/v1/datastores/{name}/diff")
+    async def diff(name: str, a: str, b: str) -> Response:
+        return JSONResponse(DIFF | {"name": name, "a": a, "b": b})
+
+    @app.get("/v1/datastores/{name}/export")
+    async def export(name: str) -> Response:
+        return StreamingResponse(double.stream.send(ndjson(*EXPORTED)), media_type="application/x-ndjson")
+
+    @app.get("/v1/datastores/{name}")
     async def get_datastore(name: str) -> Response:
         return JSONResponse(DATASTORE | {"name": name})
 

@@ -10,15 +10,23 @@ from contract_bodies import (
     CHAT,
     CHAT_CHUNKS,
     CHUNKS,
+    COMPACTED,
     COMPLETION,
     DATASTORE,
+    DIFF,
+    EXPORTED,
+    FORGOTTEN,
+    LEARNED,
     LOAD_EVENTS,
     MODELS,
     NEIGHBORS,
+    PURGED,
     SCORE,
     SCORE_EVENTS,
     TOKENIZATION,
     TOKENIZER_INFO,
+    VERIFIED,
+    VERSIONS,
 )
 
 from knnlm_client import (
@@ -31,10 +39,16 @@ from knnlm_client import (
     Datastore,
     DatastoreList,
     DocumentInput,
+    ExportedDocument,
+    Forgotten,
     KnnOptions,
+    Learned,
     ModelCard,
     NeighborsOptions,
     NeighborsResponse,
+    NewDocument,
+    PublishedVersion,
+    Purged,
     Readiness,
     ScoreOptions,
     ScoreResponse,
@@ -45,6 +59,8 @@ from knnlm_client import (
     TextPart,
     Tokenization,
     TokenizerInfo,
+    Verified,
+    VersionDiff,
     WeightedDatastore,
 )
 from knnlm_client.responses import LoadEventBody, ScoreLine
@@ -141,6 +157,13 @@ NEIGHBORS_OPTIONS: NeighborsOptions = {
     "context_chars": 40,
     "exclude_documents": ["act-7"],
 }
+
+ALL_OF_A_DOCUMENT = {"id": "n", "text": "y", "uri": "file:n", "title": "N", "licence": "CC0", "tags": ["a", "b"]}
+NEW_DOCUMENTS: list[Any] = [
+    *map(ExportedDocument.model_validate, EXPORTED),
+    MappingProxyType({"id": "m", "text": "x", "title": None}),
+    NewDocument.model_validate(ALL_OF_A_DOCUMENT),
+]
 
 # name → (the call on either client, method, path, body on the wire, answer)
 OPERATIONS: dict[str, tuple[Callable[[Any], Any], str, str, Any, Any]] = {
@@ -324,36 +347,106 @@ OPERATIONS: dict[str, tuple[Callable[[Any], Any], str, str, Any, Any]] = {
         Datastore.model_validate(DATASTORE | {"version": "v2"}),
     ),
     "datastores.unload": (lambda c: c.datastores.unload("law"), "DELETE", "/v1/datastores/law", None, None),
+    "datastores.learn": (
+        lambda c: c.datastores.learn("law", [NewDocument(id="manuals/valve", text="4.7 bar", tags=["zx"])]),
+        "POST",
+        "/v1/datastores/law/documents",
+        {"documents": [{"id": "manuals/valve", "text": "4.7 bar", "tags": ["zx"]}], "update": False},
+        Learned.model_validate(LEARNED),
+    ),
+    "datastores.learn of every form, as update": (
+        lambda c: c.datastores.learn("law", tuple(NEW_DOCUMENTS), update=True),
+        "POST",
+        "/v1/datastores/law/documents",
+        {"documents": [*EXPORTED, {"id": "m", "text": "x"}, ALL_OF_A_DOCUMENT], "update": True},
+        Learned.model_validate(LEARNED),
+    ),
+    "datastores.forget": (
+        lambda c: c.datastores.forget("law", "a/b c#?%2F é"),
+        "DELETE",
+        "/v1/datastores/law/documents/a%2Fb%20c%23%3F%252F%20%C3%A9",
+        None,
+        Forgotten.model_validate(FORGOTTEN | {"document_id": "a/b c#?%2F é"}),
+    ),
+    "datastores.compact": (
+        lambda c: c.datastores.compact("law"),
+        "POST",
+        "/v1/datastores/law/compact",
+        None,
+        Datastore.model_validate(COMPACTED),
+    ),
+    "datastores.purge": (
+        lambda c: c.datastores.purge("law", ("manuals/valve", "a b")),
+        "POST",
+        "/v1/datastores/law/purge",
+        {"documents": ["manuals/valve", "a b"]},
+        Purged.model_validate(PURGED | {"documents": ["manuals/valve", "a b"]}),
+    ),
+    "datastores.versions": (
+        lambda c: c.datastores.versions("law"),
+        "GET",
+        "/v1/datastores/law/versions",
+        None,
+        tuple(PublishedVersion.model_validate(version) for version in VERSIONS["data"]),
+    ),
+    "datastores.verify": (
+        lambda c: c.datastores.verify("law"),
+        "POST",
+        "/v1/datastores/law/verify",
+        {},
+        Verified.model_validate(VERIFIED),
+    ),
+    "datastores.verify of a version": (
+        lambda c: c.datastores.verify("law", "v3"),
+        "POST",
+        "/v1/datastores/law/verify",
+        {"version": "v3"},
+        Verified.model_validate(VERIFIED | {"versions": VERIFIED["versions"][1:]}),
+    ),
+    "datastores.diff": (
+        lambda c: c.datastores.diff("law", "v2", "v&b=3"),
+        "GET",
+        "/v1/datastores/law/diff?a=v2&b=v%26b%3D3",
+        None,
+        VersionDiff.model_validate(DIFF | {"b": "v&b=3"}),
+    ),
 }
 
-# name → (the call on either client, path, body on the wire beside `stream`, type of the events, events)
-STREAMS: dict[str, tuple[Callable[[Any], Any], str, dict[str, Any], Any, list[dict[str, Any]]]] = {
+# name → (the call on either client, path, body on the wire, type of the events, events)
+STREAMS: dict[str, tuple[Callable[[Any], Any], str, dict[str, Any] | None, Any, list[dict[str, Any]]]] = {
     "stream_completions": (
         lambda c: c.stream_completions("Der", model="smollm2", **ALL_COMPLETION_OPTIONS),
         "/v1/completions",
-        {"prompt": "Der", "model": "smollm2", **ALL_ON_THE_WIRE},
+        {"prompt": "Der", "model": "smollm2", **ALL_ON_THE_WIRE, "stream": True},
         CompletionChunk,
         CHUNKS,
     ),
     "stream_chat": (
         lambda c: c.stream_chat(MESSAGES, model="smollm2", **ALL_CHAT_OPTIONS),
         "/v1/chat/completions",
-        {"messages": MESSAGES_ON_THE_WIRE, "model": "smollm2", **CHAT_ON_THE_WIRE},
+        {"messages": MESSAGES_ON_THE_WIRE, "model": "smollm2", **CHAT_ON_THE_WIRE, "stream": True},
         ChatCompletionChunk,
         CHAT_CHUNKS,
     ),
     "stream_score": (
         lambda c: c.stream_score(["one", "two"], model="smollm2", **SCORE_OPTIONS),
         "/v1/score",
-        {"input": ["one", "two"], "model": "smollm2", **SCORE_OPTIONS, "knn": {"datastore": "law"}},
+        {"input": ["one", "two"], "model": "smollm2", **SCORE_OPTIONS, "knn": {"datastore": "law"}, "stream": True},
         ScoreLine,
         SCORE_EVENTS,
     ),
     "datastores.stream_load": (
         lambda c: c.datastores.stream_load("law", "v3", aliases=["statutes"], default=True),
         "/v1/datastores/law",
-        {"version": "v3", "aliases": ["statutes"], "default": True},
+        {"version": "v3", "aliases": ["statutes"], "default": True, "stream": True},
         LoadEventBody,
         LOAD_EVENTS,
+    ),
+    "datastores.export": (
+        lambda c: c.datastores.export("law"),
+        "/v1/datastores/law/export",
+        None,
+        ExportedDocument,
+        EXPORTED,
     ),
 }

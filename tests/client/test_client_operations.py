@@ -21,13 +21,20 @@ from contract_bodies import (
     COMPLETION,
     DATASTORE,
     DATASTORES,
+    DIFF,
+    EXPORTED,
+    FORGOTTEN,
+    LEARNED,
     LOAD_EVENTS,
     NEIGHBORS,
+    PURGED,
     READY,
     SCORE,
     SCORE_EVENTS,
     TOKENIZATION,
     TOKENIZER_INFO,
+    VERIFIED,
+    VERSIONS,
 )
 from contract_double import ContractDouble, run_async
 from every_operation import (
@@ -55,10 +62,14 @@ from knnlm_client import (
     CompletionRequest,
     Datastore,
     Datastores,
+    ExportedDocument,
+    Forgotten,
     KnnOptions,
+    Learned,
     NeighborsOptions,
     NeighborsRequest,
     NeighborsResponse,
+    Purged,
     Readiness,
     ScoreOptions,
     ScoreRequest,
@@ -71,9 +82,11 @@ from knnlm_client import (
     TokenizeRequest,
     TokenizerInfo,
     UnexpectedResponse,
+    Verified,
+    VersionDiff,
     __version__,
 )
-from knnlm_client.responses import DatastoreListBody, LoadEventBody, ReadyBody, ScoreLine
+from knnlm_client.responses import DatastoreListBody, LoadEventBody, ReadyBody, ScoreLine, VersionListBody
 
 CLIENT_FOLDER = Path(__file__).parents[2] / "clients" / "python"
 
@@ -86,7 +99,8 @@ def test_sync_and_async_send_the_same_and_return_the_same(name: str, double: Con
     assert answers == [expected, expected]
     assert len(double.seen) == 2
     assert double.seen[0] == double.seen[1]
-    assert (double.seen[0].method, double.seen[0].path, double.seen[0].body) == (method, path, body)
+    sent = double.seen[0]
+    assert (sent.method, f"{sent.path}?{sent.query}".rstrip("?"), sent.body) == (method, path, body)
     assert double.seen[0].user_agent == f"knnlm-client/{__version__}"
 
 
@@ -94,7 +108,9 @@ def test_every_operation_of_the_clients_is_compared() -> None:
     methods = {name for name in public_methods(Client) if name != "close"}
     methods |= {f"datastores.{name}" for name in public_methods(Datastores)}
     assert {name.split()[0] for name in OPERATIONS | STREAMS} == methods
-    assert set(STREAMS) == {name for name in methods if name.removeprefix("datastores.").startswith("stream_")}
+    returned = {name: member.return_annotation for name, member in public_methods(Client).items()}
+    returned |= {f"datastores.{name}": member.return_annotation for name, member in public_methods(Datastores).items()}
+    assert set(STREAMS) == {name for name, annotation in returned.items() if annotation.startswith("Stream[")}
 
 
 def public_methods(cls: type) -> dict[str, inspect.Signature]:
@@ -199,6 +215,23 @@ def test_none_is_left_to_the_server_and_not_sent(double: ContractDouble, client:
         lambda c: c.datastores.load("law", aliases=[1]),
         lambda c: c.datastores.stream_load("law", default="yes, please"),
         lambda c: c.datastores.rollback(""),
+        lambda c: c.datastores.unload("law/documents/act-7"),
+        lambda c: c.datastores.learn("law", {"id": "a", "text": "x"}),
+        lambda c: c.datastores.learn("law", ["x"]),
+        lambda c: c.datastores.learn("law", [{"id": "a"}]),
+        lambda c: c.datastores.learn("law", [{"id": "a", "text": "x", "colour": "red"}]),
+        lambda c: c.datastores.learn("law", [{"id": "a", "text": "x", "tags": "zx"}]),
+        lambda c: c.datastores.learn("law", [{"id": "a", "text": "x"}], update="yes, please"),
+        lambda c: c.datastores.forget("law", ""),
+        lambda c: c.datastores.forget("law", "half a character: \ud800"),
+        lambda c: c.datastores.forget("law/documents/a", "b"),
+        lambda c: c.datastores.compact(""),
+        lambda c: c.datastores.purge("law", "manuals/valve"),
+        lambda c: c.datastores.purge("law", [7]),
+        lambda c: c.datastores.versions("."),
+        lambda c: c.datastores.verify("law", 7),
+        lambda c: c.datastores.diff("law", "v2", None),
+        lambda c: c.datastores.export("a/b"),
     ],
 )
 def test_what_cannot_be_sent_is_refused_before_sending(
@@ -233,6 +266,13 @@ def test_lambda_is_called_lmbda_in_python_and_lambda_on_the_wire() -> None:
         (Tokenization, TOKENIZATION),
         (TokenizerInfo, TOKENIZER_INFO),
         (Datastore, DATASTORE),
+        (Learned, LEARNED),
+        (Forgotten, FORGOTTEN),
+        (Purged, PURGED),
+        (Verified, VERIFIED),
+        (VersionDiff, DIFF),
+        *((ExportedDocument, document) for document in EXPORTED),
+        (VersionListBody, {name: value for name, value in VERSIONS.items() if name != "object"}),
         *((LoadEventBody, event) for event in LOAD_EVENTS),
         (DatastoreListBody, {name: value for name, value in DATASTORES.items() if name != "object"}),
         (ReadyBody, READY),
@@ -255,6 +295,13 @@ def test_an_answer_survives_being_written_out_again(model: type[BaseModel], body
         (Datastore, DATASTORE),
         (DatastoreListBody, {name: value for name, value in DATASTORES.items() if name != "object"}),
         (LoadEventBody, LOAD_EVENTS[0]),
+        (Learned, LEARNED),
+        (Forgotten, FORGOTTEN),
+        (Purged, PURGED),
+        (Verified, VERIFIED),
+        (VersionDiff, DIFF),
+        (ExportedDocument, EXPORTED[0]),
+        (VersionListBody, {name: value for name, value in VERSIONS.items() if name != "object"}),
         (ReadyBody, READY),
     ],
 )
@@ -335,8 +382,29 @@ def test_a_score_without_a_number_is_none(double: ContractDouble, client: Client
 
 
 def test_a_datastores_name_stays_inside_its_segment(double: ContractDouble, client: Client) -> None:
-    assert client.datastores.get("../models?x#y z%2F").name == "../models?x#y z%2F"
-    assert double.seen[0].path == "/v1/datastores/..%2Fmodels%3Fx%23y%20z%252F"
+    assert client.datastores.get("models?x#y z%2F").name == "models?x#y z%2F"
+    assert double.seen[0].path == "/v1/datastores/models%3Fx%23y%20z%252F"
+
+
+@pytest.mark.parametrize(
+    ("document_id", "quoted"),
+    [
+        (".", "%2E"),
+        ("..", "%2E%2E"),
+        ("../x", "..%2Fx"),
+        ("a/./b/", "a%2F.%2Fb%2F"),
+        ("/a", "%2Fa"),
+        ("%2e%2E", "%252e%252E"),
+        ("a?b#c d+e&f", "a%3Fb%23c%20d%2Be%26f"),
+        ("Käufer\n🙂", "K%C3%A4ufer%0A%F0%9F%99%82"),
+    ],
+)
+def test_a_documents_id_stays_inside_its_segment(
+    document_id: str, quoted: str, double: ContractDouble, client: Client
+) -> None:
+    double.next_answer = JSONResponse(FORGOTTEN)
+    client.datastores.forget("law", document_id)
+    assert (double.seen[0].path, double.seen[0].query) == (f"/v1/datastores/law/documents/{quoted}", "")
 
 
 @pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
@@ -355,21 +423,22 @@ def test_a_path_before_the_api_is_kept(double: ContractDouble) -> None:
     assert [seen.path for seen in double.seen] == ["/team/v1/models"]
 
 
-CHANGING = ["datastores.load", "datastores.rollback", "datastores.unload"]
-READING = sorted({name for name in OPERATIONS if " " not in name} - set(CHANGING))
+FOR_EVERYBODY = {"datastores.list", "datastores.get"}
+FOR_ADMINS = sorted({name for name in OPERATIONS if name.startswith("datastores.") and " " not in name} - FOR_EVERYBODY)
+OTHERS = sorted({name for name in OPERATIONS if " " not in name} - set(FOR_ADMINS))
 
 
-@pytest.mark.parametrize("name", READING + CHANGING)
-def test_the_admin_key_is_sent_to_change_datastores_and_nowhere_else(name: str, double: ContractDouble) -> None:
+@pytest.mark.parametrize("name", OTHERS + FOR_ADMINS)
+def test_the_admin_key_is_sent_to_administer_datastores_and_nowhere_else(name: str, double: ContractDouble) -> None:
     call = OPERATIONS[name][0]
     with Client(double.url, api_key="user-key", admin_key="admin-key") as client:
         call(client)
     run_async(double, call, api_key="user-key", admin_key="admin-key")
-    expected = "Bearer admin-key" if name in CHANGING else "Bearer user-key"
+    expected = "Bearer admin-key" if name in FOR_ADMINS else "Bearer user-key"
     assert [seen.authorization for seen in double.seen] == [expected, expected]
 
 
-@pytest.mark.parametrize("name", READING + CHANGING)
+@pytest.mark.parametrize("name", OTHERS + FOR_ADMINS)
 def test_without_an_admin_key_the_api_key_is_sent_everywhere(name: str, double: ContractDouble) -> None:
     with Client(double.url, api_key="user-key") as client:
         OPERATIONS[name][0](client)
@@ -382,6 +451,13 @@ def test_an_admin_key_alone_is_not_sent_with_other_requests(double: ContractDoub
     with Client(double.url, admin_key="admin-key") as client:
         client.models()
     assert double.seen[0].authorization is None
+
+
+@pytest.mark.parametrize("name", ["datastores.stream_load", "datastores.export"])
+def test_a_stream_for_admins_sends_the_admin_key(name: str, double: ContractDouble) -> None:
+    with Client(double.url, api_key="k", admin_key="admin-key") as client, STREAMS[name][0](client) as stream:
+        next(stream)
+    assert double.seen[0].authorization == "Bearer admin-key"
 
 
 @pytest.mark.parametrize("name", STREAMS)

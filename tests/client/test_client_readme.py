@@ -35,6 +35,11 @@ def test_the_example_runs(title: str, double: ContractDouble, capsys: pytest.Cap
         "Count tokens": "2 of 2048 ['The', ' shall']\n2\nThe shall <|endoftext|>\n",
         "Change datastores while the server runs": "['law'] loaded, and could be: ('medicine',)\ncurrent 2 50000\n"
         "['smollm2', 'smollm2@law']\nv2\n",
+        "Learn and forget while the server runs": "[('manuals/valve', 12)] is revision 6\n"
+        "31 files searched, {'v3': 'v4', 'v2': None}\nv4 120\n",
+        "Look into versions and documents": "v2 118 on the disk\nv3 120 serving\n"
+        "2 added: ['act-7', 'act-8'] changed settings: ['index.nlist', 'calibration']\n"
+        "[11, 12] files are as they were published\nact-7 Act 7 The buyer shall pay the price.\nDer Käufe\n",
         "Load a datastore, with progress": "verify: 61000000 of 61000000\nswap: 0 of 1\n['statutes'] mean law\n",
         "In an event loop": "['The shall', 'The shall']",
         "Errors": "try again in 3.0 s",

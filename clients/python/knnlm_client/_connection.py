@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypedDict
 
@@ -28,6 +28,7 @@ class RequestArguments(TypedDict):
 
     method: str
     url: str
+    params: Mapping[str, str] | None
     json: dict[str, Any] | None
     headers: dict[str, str]
 
@@ -61,7 +62,9 @@ class Connection:
         """Return what httpx is to send, with the key that this request needs."""
         key = self._admin_key if request.admin and self._admin_key is not None else self._api_key
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        return RequestArguments(method=request.method, url=request.path, json=request.body, headers=headers)
+        return RequestArguments(
+            method=request.method, url=request.path, params=request.query, json=request.body, headers=headers
+        )
 
     @contextmanager
     def mapped_errors(self, request: PreparedRequest) -> Iterator[None]:

@@ -12,7 +12,7 @@ from knnlm_client._answers import ModelT, error_from_body, unexpected, validate
 from knnlm_client._lines import LineSplitter
 from knnlm_client._sse import EventStreamParser
 from knnlm_client.errors import StreamInterrupted
-from knnlm_client.responses import LoadEvent, LoadEventBody, ScoreEvent, ScoreLine, ScoreTotalEvent
+from knnlm_client.responses import ExportedDocument, LoadEvent, LoadEventBody, ScoreEvent, ScoreLine, ScoreTotalEvent
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -105,6 +105,29 @@ class ScoreDecoder:
         """As `Decoder.finish`."""
         if not self._ended:
             raise _interrupted(self._response, "score.total")
+
+
+class DocumentDecoder:
+    """Reads the lines of an export, whose end is that of the answer itself.
+
+    Raises:   UnexpectedResponse: at once, if the answer is no NDJSON.
+    """
+
+    def __init__(self, response: httpx.Response) -> None:
+        _check_media_type(response, "application/x-ndjson")
+        self._response = response
+        self._lines = LineSplitter()
+
+    def feed(self, piece: bytes) -> Iterator[ExportedDocument]:
+        """As `Decoder.feed`."""
+        for line in self._lines.feed(piece):
+            if line:
+                yield _read(line.decode("utf-8", errors="replace"), ExportedDocument, self._response)
+
+    def finish(self) -> None:
+        """As `Decoder.finish`."""
+        if self._lines.unfinished:
+            raise _interrupted(self._response, "the end of its last line")
 
 
 def _check_media_type(response: httpx.Response, expected: str) -> None:

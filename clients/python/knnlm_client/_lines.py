@@ -13,6 +13,11 @@ class LineSplitter:
         self._unfinished: list[bytes] = []  # in the pieces it came in, joined once
         self._ended_in_cr = False  # an LF at the start of the next piece belongs to that CR
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether the pieces so far end inside a line."""
+        return any(self._unfinished)
+
     def feed(self, piece: bytes) -> list[bytes]:
         """Take the next piece of the body; return the lines that it completes, without their ends."""
         if self._ended_in_cr and piece:

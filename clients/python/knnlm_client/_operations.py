@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 from knnlm_client._answers import ModelT, parse_body, parse_health, parse_nothing, parse_readiness
-from knnlm_client._decoders import EventDecoder, LoadDecoder, ScoreDecoder
+from knnlm_client._decoders import DocumentDecoder, EventDecoder, LoadDecoder, ScoreDecoder
 from knnlm_client._prepared import Operation, PreparedRequest, StreamOperation
 from knnlm_client.requests import (
     ChatOptions,
@@ -15,11 +15,15 @@ from knnlm_client.requests import (
     CompletionOptions,
     CompletionRequest,
     DetokenizeRequest,
+    DiffQuery,
+    Documents,
+    LearnRequest,
     LoadRequest,
     Messages,
     NeighborsOptions,
     NeighborsRequest,
     Prompt,
+    PurgeRequest,
     RequestPart,
     ScoreInput,
     ScoreOptions,
@@ -29,6 +33,7 @@ from knnlm_client.requests import (
     TokenizeChatRequest,
     TokenizeOptions,
     TokenizeRequest,
+    VerifyRequest,
 )
 from knnlm_client.responses import (
     ChatCompletion,
@@ -39,16 +44,24 @@ from knnlm_client.responses import (
     DatastoreList,
     DatastoreListBody,
     Detokenization,
+    ExportedDocument,
+    Forgotten,
+    Learned,
     LoadEvent,
     ModelCard,
     ModelListBody,
     NeighborsResponse,
+    PublishedVersion,
+    Purged,
     Readiness,
     ScoreEvent,
     ScoreResponse,
     ServerStatus,
     Tokenization,
     TokenizerInfo,
+    Verified,
+    VersionDiff,
+    VersionListBody,
 )
 
 
@@ -161,8 +174,7 @@ def load_datastore(
     name: str, version: str, aliases: Sequence[str] | None, default: bool | None
 ) -> Operation[Datastore]:
     """Load a datastore, or swap it to another version."""
-    prepared = PreparedRequest("PUT", _datastore_path(name), _load_body(version, aliases, default), admin=True)
-    return Operation(prepared, lambda response: parse_body(response, Datastore))
+    return _administer("PUT", _datastore_path(name), Datastore, _load_body(version, aliases, default))
 
 
 def stream_load_datastore(
@@ -175,13 +187,57 @@ def stream_load_datastore(
 
 def roll_back_datastore(name: str) -> Operation[Datastore]:
     """Swap a datastore back to the version that served before."""
-    prepared = PreparedRequest("POST", f"{_datastore_path(name)}/rollback", admin=True)
-    return Operation(prepared, lambda response: parse_body(response, Datastore))
+    return _administer("POST", f"{_datastore_path(name)}/rollback", Datastore)
 
 
 def unload_datastore(name: str) -> Operation[None]:
     """Drain a datastore, then unload it."""
     return Operation(PreparedRequest("DELETE", _datastore_path(name), admin=True), parse_nothing)
+
+
+def learn_documents(name: str, documents: Documents, update: bool) -> Operation[Learned]:
+    """Add documents to a datastore."""
+    request = LearnRequest.model_validate({"documents": documents, "update": update})
+    return _administer("POST", f"{_datastore_path(name)}/documents", Learned, request.body())
+
+
+def forget_document(name: str, document_id: str) -> Operation[Forgotten]:
+    """Delete a document from a datastore."""
+    return _administer("DELETE", _document_path(name, document_id), Forgotten)
+
+
+def compact_datastore(name: str) -> Operation[Datastore]:
+    """Fold what was learned and deleted into a new version."""
+    return _administer("POST", f"{_datastore_path(name)}/compact", Datastore)
+
+
+def purge_documents(name: str, document_ids: Sequence[str]) -> Operation[Purged]:
+    """Remove documents from every version on the disk."""
+    request = PurgeRequest.model_validate({"documents": document_ids})
+    return _administer("POST", f"{_datastore_path(name)}/purge", Purged, request.body())
+
+
+def list_versions(name: str) -> Operation[tuple[PublishedVersion, ...]]:
+    """List a datastore's published versions."""
+    prepared = PreparedRequest("GET", f"{_datastore_path(name)}/versions", admin=True)
+    return Operation(prepared, lambda response: tuple(parse_body(response, VersionListBody).data))
+
+
+def verify_datastore(name: str, version: str | None) -> Operation[Verified]:
+    """Check a datastore's files."""
+    return _administer("POST", f"{_datastore_path(name)}/verify", Verified, VerifyRequest(version=version).body())
+
+
+def diff_versions(name: str, a: str, b: str) -> Operation[VersionDiff]:
+    """Compare two versions of a datastore."""
+    query = DiffQuery(a=a, b=b).body()
+    prepared = PreparedRequest("GET", f"{_datastore_path(name)}/diff", admin=True, query=query)
+    return Operation(prepared, lambda response: parse_body(response, VersionDiff))
+
+
+def export_documents(name: str) -> StreamOperation[ExportedDocument]:
+    """Read every document that a datastore serves."""
+    return StreamOperation(PreparedRequest("GET", f"{_datastore_path(name)}/export", admin=True), DocumentDecoder)
 
 
 def _get(path: str, answer: type[ModelT]) -> Operation[ModelT]:
@@ -190,6 +246,10 @@ def _get(path: str, answer: type[ModelT]) -> Operation[ModelT]:
 
 def _post(path: str, request: RequestPart, answer: type[ModelT]) -> Operation[ModelT]:
     return Operation(PreparedRequest("POST", path, request.body()), lambda response: parse_body(response, answer))
+
+
+def _administer(method: str, path: str, answer: type[ModelT], body: dict[str, Any] | None = None) -> Operation[ModelT]:
+    return Operation(PreparedRequest(method, path, body, admin=True), lambda response: parse_body(response, answer))
 
 
 def _post_for_events(path: str, request: RequestPart, event: type[ModelT]) -> StreamOperation[ModelT]:
@@ -208,7 +268,16 @@ def _load_body(version: str, aliases: Sequence[str] | None, default: bool | None
 
 
 def _datastore_path(name: str) -> str:
-    # An empty name or one of dots would address another route; everything else is quoted into one segment.
-    if name in {"", ".", ".."}:
+    # These would address another route: servers read a quoted slash as a slash. All else is quoted into one segment.
+    if name in {"", ".", ".."} or "/" in name:
         raise ValueError(f"`name` must name a datastore, got {name!r}")
     return f"/v1/datastores/{quote(name, safe='')}"
+
+
+def _document_path(name: str, document_id: str) -> str:
+    if not document_id:
+        raise ValueError("`document_id` must name a document, got ''")
+    quoted = quote(document_id, safe="")
+    # Dots are never quoted by `quote`, but alone they would be taken out of the path.
+    segment = quoted.replace(".", "%2E") if document_id in {".", ".."} else quoted
+    return f"{_datastore_path(name)}/documents/{segment}"

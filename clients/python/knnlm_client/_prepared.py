@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -15,12 +15,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """A request without its address and keys; `admin` says which key it needs."""
+    """A request without its address and keys; `admin` says which key it needs, `query` what follows the path."""
 
     method: str
     path: str
     body: dict[str, Any] | None = None
     admin: bool = False
+    query: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from knnlm_client._streams import AsyncStream
 from knnlm_client.requests import (
     ChatOptions,
     CompletionOptions,
+    Documents,
     Messages,
     NeighborsOptions,
     Prompt,
@@ -32,15 +33,22 @@ from knnlm_client.responses import (
     CompletionChunk,
     Datastore,
     DatastoreList,
+    ExportedDocument,
+    Forgotten,
+    Learned,
     LoadEvent,
     ModelCard,
     NeighborsResponse,
+    PublishedVersion,
+    Purged,
     Readiness,
     ScoreEvent,
     ScoreResponse,
     ServerStatus,
     Tokenization,
     TokenizerInfo,
+    Verified,
+    VersionDiff,
 )
 
 T = TypeVar("T")
@@ -204,3 +212,35 @@ class AsyncDatastores:
     async def unload(self, name: str) -> None:
         """As `Datastores.unload`."""
         await self._send(operations.unload_datastore(name))
+
+    async def learn(self, name: str, documents: Documents, *, update: bool = False) -> Learned:
+        """As `Datastores.learn`."""
+        return await self._send(operations.learn_documents(name, documents, update))
+
+    async def forget(self, name: str, document_id: str) -> Forgotten:
+        """As `Datastores.forget`."""
+        return await self._send(operations.forget_document(name, document_id))
+
+    async def compact(self, name: str) -> Datastore:
+        """As `Datastores.compact`."""
+        return await self._send(operations.compact_datastore(name))
+
+    async def purge(self, name: str, document_ids: Sequence[str]) -> Purged:
+        """As `Datastores.purge`."""
+        return await self._send(operations.purge_documents(name, document_ids))
+
+    async def versions(self, name: str) -> tuple[PublishedVersion, ...]:
+        """As `Datastores.versions`."""
+        return await self._send(operations.list_versions(name))
+
+    async def verify(self, name: str, version: str | None = None) -> Verified:
+        """As `Datastores.verify`."""
+        return await self._send(operations.verify_datastore(name, version))
+
+    async def diff(self, name: str, a: str, b: str) -> VersionDiff:
+        """As `Datastores.diff`."""
+        return await self._send(operations.diff_versions(name, a, b))
+
+    def export(self, name: str) -> AsyncStream[ExportedDocument]:
+        """As `Datastores.export`; not awaited itself, for `async with` and `async for`."""
+        return AsyncStream(self._events(operations.export_documents(name)))

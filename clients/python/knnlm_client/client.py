@@ -16,6 +16,7 @@ from knnlm_client._streams import Stream
 from knnlm_client.requests import (
     ChatOptions,
     CompletionOptions,
+    Documents,
     Messages,
     NeighborsOptions,
     Prompt,
@@ -32,15 +33,22 @@ from knnlm_client.responses import (
     CompletionChunk,
     Datastore,
     DatastoreList,
+    ExportedDocument,
+    Forgotten,
+    Learned,
     LoadEvent,
     ModelCard,
     NeighborsResponse,
+    PublishedVersion,
+    Purged,
     Readiness,
     ScoreEvent,
     ScoreResponse,
     ServerStatus,
     Tokenization,
     TokenizerInfo,
+    Verified,
+    VersionDiff,
 )
 
 T = TypeVar("T")
@@ -175,7 +183,10 @@ class _Events(Protocol):
 
 
 class Datastores:
-    """The server's datastores, as `client.datastores`; changes need the admin key unless the server is local."""
+    """The server's datastores, as `client.datastores`.
+
+    Everything but `list` and `get` needs the admin key, unless the server is local.
+    """
 
     def __init__(self, send: _Send, events: _Events) -> None:
         self._send = send
@@ -222,3 +233,39 @@ class Datastores:
     def unload(self, name: str) -> None:
         """Wait until no request uses the datastore any more, then unload it."""
         self._send(operations.unload_datastore(name))
+
+    def learn(self, name: str, documents: Documents, *, update: bool = False) -> Learned:
+        """Add documents; they are on the disk before the answer, and retrieved by every request that begins after it.
+
+        Args:     documents: each a `NewDocument`, a mapping with its fields, or a document of an export.
+                  update: replace documents whose id is there already, instead of refusing all with `DocumentExists`.
+        """
+        return self._send(operations.learn_documents(name, documents, update))
+
+    def forget(self, name: str, document_id: str) -> Forgotten:
+        """Delete a document, in every version; its text stays on the disk until `purge`."""
+        return self._send(operations.forget_document(name, document_id))
+
+    def compact(self, name: str) -> Datastore:
+        """Fold what was learned and deleted into a new version, and swap to it; requests go on meanwhile."""
+        return self._send(operations.compact_datastore(name))
+
+    def purge(self, name: str, document_ids: Sequence[str]) -> Purged:
+        """Remove documents from every version on the disk, deleted already or not, and search its files for traces."""
+        return self._send(operations.purge_documents(name, document_ids))
+
+    def versions(self, name: str) -> tuple[PublishedVersion, ...]:
+        """List the published versions of a loaded datastore."""
+        return self._send(operations.list_versions(name))
+
+    def verify(self, name: str, version: str | None = None) -> Verified:
+        """Compare the files of one version, or of all, with their checksums; damage raises `DatastoreCorrupt`."""
+        return self._send(operations.verify_datastore(name, version))
+
+    def diff(self, name: str, a: str, b: str) -> VersionDiff:
+        """Compare the documents and settings of two published versions."""
+        return self._send(operations.diff_versions(name, a, b))
+
+    def export(self, name: str) -> Stream[ExportedDocument]:
+        """Read every document that is served, learned ones included and deleted ones not; use it in a `with` block."""
+        return Stream(self._events(operations.export_documents(name)))

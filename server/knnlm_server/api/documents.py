@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
+from starlette.convertors import PathConvertor, register_url_convertor
 
 from knnlm_core.datastore.documents import Document, normalise_newlines
 from knnlm_core.datastore.ledger import check_document_ids
@@ -43,6 +44,14 @@ from knnlm_server.registry.registry import Registry
 router = APIRouter(route_class=JsonRoute, dependencies=[AdminRequired])
 
 
+class _AnyText(PathConvertor):
+    # Starlette's own `path` ends before a line's end: an id's first line would name another document.
+    regex = r"(?s:.*)"
+
+
+register_url_convertor("text", _AnyText())
+
+
 @router.post(
     "/v1/datastores/{name}/documents",
     status_code=201,
@@ -73,7 +82,7 @@ async def learn_documents(name: Name, body: LearnBody, request: Request) -> Resp
 
 
 @router.delete(
-    "/v1/datastores/{name}/documents/{document_id:path}",
+    "/v1/datastores/{name}/documents/{document_id:text}",
     summary="Forget a document",
     response_model=None,
     responses={200: {"model": Forgotten}},

@@ -15,7 +15,15 @@ from knnlm_client.requests.common import (
     WeightedDatastore,
 )
 from knnlm_client.requests.completions import CompletionOptions, CompletionRequest, StreamCompletionOptions
-from knnlm_client.requests.datastores import LoadRequest
+from knnlm_client.requests.datastores import (
+    DiffQuery,
+    Documents,
+    LearnRequest,
+    LoadRequest,
+    NewDocument,
+    PurgeRequest,
+    VerifyRequest,
+)
 from knnlm_client.requests.neighbors import NeighborsOptions, NeighborsRequest
 from knnlm_client.requests.scoring import DocumentInput, ScoreInput, ScoreOptions, ScoreRequest
 from knnlm_client.requests.tokenizer import DetokenizeRequest, TokenizeChatRequest, TokenizeOptions, TokenizeRequest
@@ -27,15 +35,20 @@ __all__ = [
     "CompletionOptions",
     "CompletionRequest",
     "DetokenizeRequest",
+    "DiffQuery",
     "DocumentInput",
+    "Documents",
     "GenerationOptions",
     "GenerationRequest",
     "KnnOptions",
+    "LearnRequest",
     "LoadRequest",
     "Messages",
     "NeighborsOptions",
     "NeighborsRequest",
+    "NewDocument",
     "Prompt",
+    "PurgeRequest",
     "RequestPart",
     "ScoreInput",
     "ScoreOptions",
@@ -47,5 +60,6 @@ __all__ = [
     "TokenizeChatRequest",
     "TokenizeOptions",
     "TokenizeRequest",
+    "VerifyRequest",
     "WeightedDatastore",
 ]

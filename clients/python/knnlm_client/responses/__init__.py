@@ -24,6 +24,21 @@ from knnlm_client.responses.common import (
     Usage,
 )
 from knnlm_client.responses.completions import Completion, CompletionChoice, CompletionChunk, Logprobs
+from knnlm_client.responses.datastores import (
+    DatastoreRevision,
+    EntryCounts,
+    ExportedDocument,
+    Forgotten,
+    Learned,
+    LearnedDocument,
+    PublishedVersion,
+    Purged,
+    SettingChange,
+    Verified,
+    VerifiedVersion,
+    VersionDiff,
+    VersionListBody,
+)
 from knnlm_client.responses.neighbors import Neighbor, NeighborsResponse, NeighborsResult, NextToken
 from knnlm_client.responses.scoring import (
     Loss,
@@ -71,9 +86,15 @@ __all__ = [
     "DatastoreList",
     "DatastoreListBody",
     "DatastoreProgress",
+    "DatastoreRevision",
     "Detokenization",
     "DocumentShare",
+    "EntryCounts",
+    "ExportedDocument",
+    "Forgotten",
     "KnnUsage",
+    "Learned",
+    "LearnedDocument",
     "LoadEvent",
     "LoadEventBody",
     "Logprobs",
@@ -86,6 +107,8 @@ __all__ = [
     "NextToken",
     "OverlapBucket",
     "PromptTokensDetails",
+    "PublishedVersion",
+    "Purged",
     "Readiness",
     "ReadyBody",
     "ScoreEvent",
@@ -99,6 +122,7 @@ __all__ = [
     "ScoredToken",
     "SelfTestReport",
     "ServerStatus",
+    "SettingChange",
     "TokenAttribution",
     "TokenLogprob",
     "TokenLoss",
@@ -110,4 +134,8 @@ __all__ = [
     "TraceNeighbor",
     "TracedDatastore",
     "Usage",
+    "Verified",
+    "VerifiedVersion",
+    "VersionDiff",
+    "VersionListBody",
 ]
