@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from knnlm_core.datastore import layout
 from knnlm_core.errors import BuildConflict, InvalidParameter
 
-LOCK = "build.lock"
 _PLAN = "plan.tmp"
 
 
@@ -26,7 +26,7 @@ def exclusive(folder: Path) -> Iterator[Path]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("w")
+        file = (folder / layout.BUILD_LOCK).open("w")
     except OSError as error:
         raise InvalidParameter(f"`output`: {folder} cannot be written: {error.strerror}", param="output") from error
     with file as lock:

@@ -26,7 +26,7 @@ from knnlm_cli.datastore_table import size
 from knnlm_cli.main import make_app
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.history import read_history
-from knnlm_core.datastore.maintenance.lock import lock_versions
+from knnlm_core.datastore.lock import lock_versions
 from knnlm_core.errors import DatastoreNotFound, InvalidParameter
 
 

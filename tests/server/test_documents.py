@@ -177,11 +177,12 @@ def test_text_is_kept_as_a_build_would(server: LiveServer) -> None:
         ([{"id": "a", "text": "x"}, {"id": "a", "text": "y"}], 400, "invalid_parameter", "documents"),
         ([{"id": "a" * 4097, "text": "x"}], 400, "invalid_parameter", "documents"),
         ([{"id": "a", "text": "x", "tags": ["t"] * 65}], 400, "invalid_parameter", "documents"),
+        ([{"id": "a", "text": "x", "title": "t" * 1025}], 400, "invalid_parameter", "documents"),
         ([{"id": "a", "text": "The tenant " * 80_000}], 400, "invalid_parameter", "documents"),
         ([{"id": "a", "text": "x", "colour": "red"}], 400, "invalid_parameter", "documents.0.colour"),
         ([{"id": f"{i}", "text": "x"} for i in range(1025)], 400, "invalid_parameter", "documents"),
     ],
-    ids=["none", "NUL", "twice", "long id", "many tags", "many tokens", "unknown field", "many"],
+    ids=["none", "NUL", "twice", "long id", "many tags", "long title", "many tokens", "unknown field", "many"],
 )
 def test_bad_documents_are_refused_and_change_nothing(
     server: LiveServer, own_root: Path, documents: list[dict[str, Any]], status: int, code: str, param: str

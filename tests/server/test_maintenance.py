@@ -14,6 +14,7 @@ from live_server import LiveServer, wait_until
 from small_stores import Start
 
 from knnlm_core.datastore import layout
+from knnlm_core.datastore.lock import lock_versions
 from knnlm_core.datastore.reader import Datastore
 
 FACT = "Note 17: the ZX-81 valve's limit is 4.7 bar, said the engineer at the harbour."
@@ -134,9 +135,46 @@ def test_only_what_is_current_is_written_anew(server: LiveServer, own_root: Path
     versions = layout.published_versions(own_root, "law")
     other = next(v for v in versions if v != layout.read_current(own_root, "law").version)
     assert server.http.put("/v1/datastores/law", json={"version": other}).status_code == 200
-    for path, body in (("/compact", None), ("/purge", {"documents": ["new-2"]})):
-        answer = server.http.post(f"/v1/datastores/law{path}", json=body)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "datastore_conflict")
+    answer = server.http.post("/v1/datastores/law/compact")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "datastore_conflict")
+
+
+def test_a_purge_does_not_change_which_version_is_served(server: LiveServer, own_root: Path) -> None:
+    learn(server, "a")
+    compacted = post(server, "/compact")
+    rolled_back = post(server, "/rollback")
+    assert not rolled_back["follows_current"]
+    report = post(server, "/purge", {"documents": ["new-2"]})
+    card = report["datastore"]
+    assert card["version"] == report["replaced_versions"][rolled_back["version"]]
+    assert not card["follows_current"]
+    assert layout.read_current(own_root, "law").version == report["replaced_versions"][compacted["version"]]
+    assert "new-2" not in server.backend.registry.status("law").datastore.document_ids()
+
+
+def test_a_purge_holds_for_requests_before_it_touches_the_disk(server: LiveServer, own_root: Path) -> None:
+    """Another process has the versions locked: nothing can be rewritten, and the documents are gone all the same."""
+    with lock_versions(own_root, "law"):
+        answer = server.http.post("/v1/datastores/law/purge", json={"documents": ["new-2"]})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "datastore_busy")
+    assert "new-2" not in server.backend.registry.status("law").datastore.document_ids()
+    assert post(server, "/purge", {"documents": ["new-2"]})["documents"] == ["new-2"]
+
+
+def test_other_documents_of_a_purged_segment_can_still_be_read(server: LiveServer) -> None:
+    learn(server, "a", "b")
+    post(server, "/purge", {"documents": ["a"]})
+    snapshot = server.backend.registry.status("law").datastore
+    assert snapshot.document("b").text == f"b {FACT}"
+    assert not snapshot.has_document("a")
+
+
+def test_the_audit_log_says_who_asked(server: LiveServer, own_root: Path) -> None:
+    learn(server, "a")
+    forget(server, "a")
+    lines = [json.loads(line) for line in (own_root / "law" / "audit.jsonl").read_text().splitlines()]
+    assert [line["operation"] for line in lines] == ["add", "delete"]
+    assert all(line["actor"].startswith("http 127.0.0.1 request ") for line in lines)
 
 
 def test_a_damaged_version_is_not_compacted_and_goes_on_serving(server: LiveServer, own_root: Path) -> None:

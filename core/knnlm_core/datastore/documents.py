@@ -152,6 +152,13 @@ def read_documents(path: Path) -> Iterator[Document]:
                 yield _document(row)
 
 
+def read_ids(path: Path) -> list[str]:
+    """The id of every document of a table, in order. Raises DatastoreCorrupt."""
+    with _open(path) as file:
+        ids: list[str] = _read(file, path, range(file.num_row_groups), ["id"])["id"].to_pylist()
+        return ids
+
+
 class DocumentTable:
     """The documents of an open version: ids and entry ranges in memory, texts read when asked for. Thread-safe.
 

@@ -128,7 +128,12 @@ class Entries(ABC):
 
         For scoring many queries at once, and what `search` is measured against. Arguments and errors as there.
         """
-        parts = [ExactPart(part.first_entry, part.shard, _allowed(part, exclude)) for part in self._parts()]
+        # A bitmap of its own: what is hidden meanwhile must not change between the passes of one search.
+        allowed = [_allowed(part, exclude) for part in self._parts()]
+        parts = [
+            ExactPart(part.first_entry, part.shard, None if bitmap is None else bitmap.copy())
+            for part, bitmap in zip(self._parts(), allowed, strict=True)
+        ]
         return self._neighbors(search_exact(parts, self._check_search(queries, k, exclude), k))
 
     def keys(self, entry_ids: Tensor) -> Tensor:

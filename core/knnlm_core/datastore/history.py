@@ -17,6 +17,7 @@ from knnlm_core.datastore.calibration import read_calibration
 from knnlm_core.datastore.layout import Current
 from knnlm_core.datastore.ledger import append_audit, writing
 from knnlm_core.datastore.ledger_file import read_ledger
+from knnlm_core.datastore.lock import lock_versions
 from knnlm_core.datastore.manifest import Digest16
 from knnlm_core.durable import write_text
 from knnlm_core.errors import DatastoreConflict, DatastoreCorrupt, DatastoreNotFound
@@ -88,21 +89,24 @@ def rollback(root: Path, name: str, *, actor: str | None = None) -> Current:
     Raises:
         DatastoreNotFound: nothing of the name is published, or the calibration is gone.
         DatastoreConflict: nothing came before.
-        DatastoreReadOnly: the folder cannot be written.
+        DatastoreBusy, DatastoreReadOnly: see `lock_versions`.
     """
-    now = layout.read_current(root, name)
-    target = previous(root, name)
-    if target is None:
-        raise DatastoreConflict(f"nothing was current before version {now.version} of {name!r} and is still published")
-    if target.calibration is not None:
-        read_calibration(root, name, target.calibration)
-    history = read_history(root, name)
-    at = max(number for number, entry in enumerate(history[:-1]) if entry == target)
-    with writing(layout.name_folder(root, name)):
-        _write(root, name, history[: at + 1])
-        layout.write_current(root, name, target)
-    append_audit(root, name, "rollback", read_ledger(root, name).revision, [], actor)
-    return target
+    with lock_versions(root, name) as folder:
+        now = layout.read_current(root, name)
+        target = previous(root, name)
+        if target is None:
+            raise DatastoreConflict(
+                f"nothing was current before version {now.version} of {name!r} and is still published"
+            )
+        if target.calibration is not None:
+            read_calibration(root, name, target.calibration)
+        history = read_history(root, name)
+        at = max(number for number, entry in enumerate(history[:-1]) if entry == target)
+        with writing(folder):
+            _write(root, name, history[: at + 1])
+            layout.write_current(root, name, target)
+        append_audit(root, name, "rollback", read_ledger(root, name).revision, [], actor)
+        return target
 
 
 def _read(path: Path) -> tuple[Current, ...]:

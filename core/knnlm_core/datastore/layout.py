@@ -21,6 +21,7 @@ from knnlm_core.durable import write_text
 from knnlm_core.errors import DatastoreCorrupt, DatastoreNotFound, InvalidParameter
 
 AUDIT = "audit.jsonl"
+BUILD_LOCK = "build.lock"
 BUILDING_SUFFIX = ".tmp"
 CALIBRATION = "calibration.json"
 CALIBRATIONS = "calibrations"

@@ -16,7 +16,8 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -31,10 +32,12 @@ from knnlm_core.datastore.ledger_file import (
     read_ledger,
     segment_folders,
 )
+from knnlm_core.datastore.manifest import Manifest
 from knnlm_core.durable import sync_folder, write_text
 from knnlm_core.errors import (
     DatastoreBusy,
     DatastoreConflict,
+    DatastoreError,
     DatastoreNotFound,
     DatastoreReadOnly,
     InvalidParameter,
@@ -52,6 +55,7 @@ __all__ = [
 
 LOCK_TIMEOUT_S = 30.0
 _POLL_S = 0.005
+_ADD_LIMIT = MAX_LEDGER_BYTES * 3 // 4  # whatever was learned can still be deleted
 
 Operation = Literal["add", "delete", "compact", "purge", "publish", "rollback"]
 
@@ -69,9 +73,11 @@ class LedgerWriter:
         self._folder = layout.name_folder(root, name)
         self._locked = True
         self.state = read_ledger(root, name)
+        # A version that came from elsewhere may be ahead: what is done from now on comes after it.
+        revision = max(self.state.revision, _last_revision(root, name))
         # Segments and audit.jsonl testify that there was a ledger, so it has to come first.
-        if not os.path.lexists(self._folder / layout.LEDGER):
-            self.commit(self.state)
+        if revision > self.state.revision or not os.path.lexists(self._folder / layout.LEDGER):
+            self.commit(replace(self.state, revision=revision))
         self.remove_leftovers()
 
     @property
@@ -82,9 +88,9 @@ class LedgerWriter:
     def add(self, record: SegmentRecord, document_ids: Sequence[str], *, actor: str | None = None) -> LedgerState:
         """Commit a segment that `write_segment` has put on the disk; `segments.learn` does both.
 
-        Raises: DatastoreConflict, DatastoreReadOnly: as `commit`.
+        Raises: DatastoreConflict, DatastoreReadOnly: as `commit`, which here leaves room for deletions.
         """
-        self.commit(self.state.after_add(record, document_ids))
+        self.commit(self.state.after_add(record, document_ids), limit=_ADD_LIMIT)
         append_audit(self.root, self.name, "add", self.state.revision, document_ids, actor)
         return self.state
 
@@ -100,7 +106,7 @@ class LedgerWriter:
         append_audit(self.root, self.name, "delete", self.state.revision, document_ids, actor)
         return self.state
 
-    def commit(self, state: LedgerState) -> None:
+    def commit(self, state: LedgerState, *, limit: int = MAX_LEDGER_BYTES) -> None:
         """Replace the ledger; when this returns the state is on the disk and every reader sees it.
 
         Raises:
@@ -111,10 +117,10 @@ class LedgerWriter:
         if state.revision < self.state.revision:
             raise ValueError(f"`revision` must not go back from {self.state.revision}, got {state.revision}")
         text = encode_ledger(state)
-        if (size := len(text.encode())) > MAX_LEDGER_BYTES:
+        if (size := len(text.encode())) > limit:
             raise DatastoreConflict(
-                f"the ledger of {self.name!r} must have at most {MAX_LEDGER_BYTES} bytes, it would have {size}; "
-                "it has learned and deleted too many documents: build a new datastore from the current text"
+                f"the ledger of {self.name!r} must have at most {limit} bytes, it would have {size}; it has learned "
+                "and deleted too many documents: build a datastore of another name from the current text"
             )
         with writing(self._folder):
             write_text(self._folder / layout.LEDGER, text)
@@ -245,3 +251,12 @@ def _try_lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _last_revision(root: Path, name: str) -> int:
+    """The highest revision that a published version has folded in; of those that can be read."""
+    revisions = [0]
+    for version in layout.published_versions(root, name):
+        with suppress(DatastoreError):
+            revisions.append(Manifest.read(layout.version_folder(root, name, version) / layout.MANIFEST).revision)
+    return max(revisions)

@@ -101,9 +101,15 @@ class LedgerState:
         return LedgerState(self.revision + 1, self.segments, learned, {**self.deleted, **ids})
 
     def without_segments(self, revisions: Iterable[int]) -> LedgerState:
-        """The state without some segments, of the same revision; older copies of what they taught stay dead."""
+        """The state without some segments, of the same revision.
+
+        What only they taught is no longer known as learned: the versions that hold it speak for themselves. What is
+        deleted stays so.
+        """
         gone = set(revisions)
-        return replace(self, segments=tuple(record for record in self.segments if record.revision not in gone))
+        segments = tuple(record for record in self.segments if record.revision not in gone)
+        learned = {document_id: revision for document_id, revision in self.learned.items() if revision not in gone}
+        return replace(self, segments=segments, learned=learned)
 
 
 def _check_revisions(given: object) -> dict[str, int]:

@@ -141,7 +141,7 @@ class Segment:
         self.manifest.lm.require_fits(self.name, identity)
 
     def close(self) -> None:
-        """Give back the file descriptor; texts can no longer be read. Mapped arrays live as long as they are used."""
+        """Drop the texts that were read; mapped arrays live as long as they are used."""
         self.documents.close()
 
     def __enter__(self) -> Self:

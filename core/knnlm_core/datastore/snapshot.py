@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from knnlm_core.datastore.entries import Entries, Part, Section
 from knnlm_core.datastore.ledger import LedgerState
 from knnlm_core.datastore.reader import Datastore
+
+
+class Counts(NamedTuple):
+    """How many documents a snapshot began with."""
+
+    documents: int  # without deleted ones
+    learned: int  # of them, those that the version itself does not hold
+    deleted: int  # ids deleted from the name, whichever versions had them
 
 
 class Snapshot(Entries):
@@ -17,6 +26,7 @@ class Snapshot(Entries):
     Args:
         datastore: the version; whoever holds the snapshot keeps it open.
         learned: parts and sections of the learned documents.
+        counts: when the snapshot was taken.
         revision: of the name, when the snapshot was taken.
         ledger: gives the ledger's present state at any time.
     """
@@ -25,12 +35,14 @@ class Snapshot(Entries):
         self,
         datastore: Datastore,
         learned: tuple[Sequence[Part], Sequence[Section]],
+        counts: Counts,
         revision: int,
         ledger: Callable[[], LedgerState],
     ) -> None:
         self.manifest = datastore.manifest
         self.calibration = datastore.calibration
         self.revision = revision
+        self.counts = counts
         self.datastore = datastore
         self._learned_parts, learned_sections = learned
         self._all_sections = (*datastore._sections(), *learned_sections)
@@ -46,18 +58,6 @@ class Snapshot(Entries):
     def learned_entries(self) -> int:
         """How many of them were learned, hidden ones included."""
         return self._entries - self.datastore.entries
-
-    @property
-    def num_documents(self) -> int:
-        """Documents that are not deleted."""
-        ledger = self._ledger()
-        dead = sum(
-            document_id in section.documents and self._is_deleted(document_id, section.revision)
-            for touched in (ledger.learned, ledger.deleted)
-            for document_id in touched
-            for section in self._all_sections
-        )
-        return sum(len(section.documents) for section in self._all_sections) - dead
 
     def _parts(self) -> Sequence[Part]:
         return (*self.datastore._parts(), *self._learned_parts)

@@ -80,9 +80,9 @@ async def load_datastore(name: Name, request: Request, body: LoadBody | None = N
         labels=Labels(body.aliases, body.default),
     )
     if body.stream:
-        return stream_load(load, state.threads.datastores)
+        return stream_load(load, state.threads.loading)
     # Once begun it goes on, whether or not anybody waits for the answer.
-    loaded = await asyncio.get_running_loop().run_in_executor(state.threads.datastores, load)
+    loaded = await asyncio.get_running_loop().run_in_executor(state.threads.loading, load)
     return JSONResponse(render_card(loaded.status), status_code=201 if loaded.created else 200)
 
 
@@ -97,7 +97,7 @@ async def roll_back_datastore(name: Name, request: Request) -> dict[str, Any]:
     """Swap back to the version that served before; the name stays there until it is loaded anew."""
     state = backend(request)
     rolling = asyncio.get_running_loop().run_in_executor(
-        state.threads.datastores, state.registry.roll_back, check_name(name)
+        state.threads.loading, state.registry.roll_back, check_name(name)
     )
     return render_card((await rolling).status)
 
@@ -113,5 +113,5 @@ async def unload_datastore(name: Name, request: Request) -> dict[str, Any]:
     """Take no new request for the name, wait for those under way, unload."""
     state, timeout_s = backend(request), service(request).settings.drain_timeout_s
     meant = state.registry.resolve(name)
-    await asyncio.get_running_loop().run_in_executor(state.threads.datastores, state.registry.unload, meant, timeout_s)
+    await asyncio.get_running_loop().run_in_executor(state.threads.loading, state.registry.unload, meant, timeout_s)
     return {"object": "datastore", "name": meant, "state": "unloaded"}

@@ -25,6 +25,7 @@ from knnlm_server.api.engine_work import run_to_end
 from knnlm_server.api.json_route import JsonRoute
 from knnlm_server.api.schemas.datastores import Name
 from knnlm_server.api.schemas.documents import (
+    MAX_FIELD_CHARACTERS,
     MAX_LEARNED_DOCUMENTS,
     MAX_LEARNED_TOKENS,
     MAX_TAGS,
@@ -34,7 +35,7 @@ from knnlm_server.api.schemas.documents import (
     LearnBody,
     Learned,
 )
-from knnlm_server.api.security import AdminRequired
+from knnlm_server.api.security import AdminRequired, actor_of
 from knnlm_server.api.shared_lease import SharedLease
 from knnlm_server.api.state import Backend, backend
 from knnlm_server.engine.learning import LearnRequest
@@ -42,6 +43,8 @@ from knnlm_server.registry.generation import Lease
 from knnlm_server.registry.registry import Registry
 
 router = APIRouter(route_class=JsonRoute, dependencies=[AdminRequired])
+
+_KEY_BYTES = 2  # of each number of a key, as it is kept
 
 
 class _AnyText(PathConvertor):
@@ -70,13 +73,13 @@ async def learn_documents(name: Name, body: LearnBody, request: Request) -> Resp
         encoded = await until_disconnect(request, _encode(state, body, request, lease, holder))
         # From here on it happens, whether or not anybody waits for the answer.
         card = await holder.in_thread(
-            _learn, state.registry, name, encoded, body.update, executor=state.threads.datastores
+            _learn, state.registry, name, encoded, body.update, actor_of(request), executor=state.threads.changing
         )
     finally:
         holder.drop()
     documents = [
-        {"id": new.document.id, "tokens": tokens, "entries": len(new.values)}
-        for new, tokens in zip(encoded.new, encoded.tokens, strict=True)
+        {"id": document.id, "tokens": len(encoding.token_ids), "entries": max(0, len(encoding.token_ids) - 1)}
+        for document, encoding in zip(encoded.documents, encoded.encodings, strict=True)
     ]
     return JSONResponse({**card, "documents": documents}, status_code=201)
 
@@ -92,12 +95,12 @@ async def forget_document(name: Name, document_id: DocumentId, request: Request)
     state = backend(request)
     check_document_ids([document_id])
     forgetting = asyncio.get_running_loop().run_in_executor(
-        state.threads.datastores, _forget, state.registry, name, document_id
+        state.threads.changing, _forget, state.registry, name, document_id, actor_of(request)
     )
     return {**await asyncio.shield(forgetting), "document_id": document_id}
 
 
-def _learn(registry: Registry, name: str, encoded: _Encoded, update: bool) -> dict[str, Any]:
+def _learn(registry: Registry, name: str, encoded: _Encoded, update: bool, actor: str) -> dict[str, Any]:
     with registry.change(name) as change:
         into = change.lease.datastore
         if into.manifest.context != encoded.context:
@@ -105,14 +108,15 @@ def _learn(registry: Registry, name: str, encoded: _Encoded, update: bool) -> di
                 f"datastore {name!r} was swapped to a version with other windows while the documents were read; "
                 "send them again"
             )
-        change.require_room(2 * into.dim * sum(len(new.values) for new in encoded.new))
-        ledger = change.living.add(encoded.new, into, replace=update)
+        new = encoded.new(into.dim)
+        change.require_room(_KEY_BYTES * into.dim * sum(len(one.values) for one in new))
+        ledger = change.living.add(new, into, replace=update, actor=actor)
         return _revision(change.lease, ledger.revision)
 
 
-def _forget(registry: Registry, name: str, document_id: str) -> dict[str, Any]:
+def _forget(registry: Registry, name: str, document_id: str, actor: str) -> dict[str, Any]:
     with registry.change(name) as change:
-        ledger = change.living.delete([document_id])
+        ledger = change.living.delete([document_id], actor=actor)
         return _revision(change.lease, ledger.revision)
 
 
@@ -145,6 +149,13 @@ def _check(body: LearnBody) -> None:
                 f"`documents` must have at most {MAX_TAGS} tags each, {document.id[:200]!r} has {len(document.tags)}",
                 param="documents",
             )
+        for field in ("uri", "title", "licence"):
+            if len(getattr(document, field) or "") > MAX_FIELD_CHARACTERS:
+                raise InvalidParameter(
+                    f"`documents` must have a `{field}` of at most {MAX_FIELD_CHARACTERS} characters, that of "
+                    f"{document.id[:200]!r} has {len(getattr(document, field))}",
+                    param="documents",
+                )
         if (nul := document.text.find("\0")) >= 0:
             raise InvalidParameter(
                 f"`documents` must hold text, {document.id[:200]!r} has a NUL at character {nul}", param="documents"
@@ -152,9 +163,19 @@ def _check(body: LearnBody) -> None:
 
 
 class _Encoded(NamedTuple):
-    new: list[NewDocument]
-    tokens: list[int]  # of each, also the first, which makes no entry
-    context: ContextSection
+    """Documents whose keys the engine has made."""
+
+    documents: list[Document]
+    encodings: list[Encoding]
+    work: LearnRequest
+    context: ContextSection  # how they were cut
+
+    def new(self, dim: int) -> list[NewDocument]:
+        """Keys and values put together; not for the event loop, since these may be hundreds of megabytes."""
+        return [
+            NewDocument(document, self.work.keys(i, dim), encoding.token_ids[1:], encoding.char_spans[1:])
+            for i, (document, encoding) in enumerate(zip(self.documents, self.encodings, strict=True))
+        ]
 
 
 async def _encode(state: Backend, body: LearnBody, request: Request, lease: Lease, holder: SharedLease) -> _Encoded:
@@ -162,6 +183,11 @@ async def _encode(state: Backend, body: LearnBody, request: Request, lease: Leas
     documents = [_document(given) for given in body.documents]
     encodings = await holder.in_thread(_tokenise, state, documents, executor=state.threads.reading)
     context = lease.datastore.manifest.context
+    entries = sum(max(0, len(encoding.token_ids) - 1) for encoding in encodings)
+    # Before the work; what others learn meanwhile is counted once more at the end.
+    state.registry.budget.require(
+        f"learning in datastore {lease.datastore.name!r}", _KEY_BYTES * lease.datastore.dim * entries
+    )
     windows = WindowSizes(context.window, context.stride)
     texts = [encoding.token_ids for encoding in encodings]
     work: LearnRequest | None = None
@@ -173,11 +199,7 @@ async def _encode(state: Backend, body: LearnBody, request: Request, lease: Leas
 
     await run_to_end(state.engine, holder, make)
     assert work is not None
-    new = [
-        NewDocument(document, work.keys(i, lease.datastore.dim), encoding.token_ids[1:], encoding.char_spans[1:])
-        for i, (document, encoding) in enumerate(zip(documents, encodings, strict=True))
-    ]
-    return _Encoded(new, [len(encoding.token_ids) for encoding in encodings], context)
+    return _Encoded(documents, encodings, work, context)
 
 
 def _document(given: DocumentBody) -> Document:

@@ -76,8 +76,8 @@ class _State(Collector):
             ("generation", "Generation that serves.", lambda status: status.generation),
             ("revision", "Counter of what the name has learned and deleted.", lambda status: status.datastore.revision),
             ("entries", "Entries that serve, learned ones included.", lambda status: status.datastore.entries),
-            ("learned_documents", "Documents learned since the build.", lambda status: status.learned_documents),
-            ("deleted_documents", "Documents deleted from the name.", lambda status: status.deleted_documents),
+            ("learned_documents", "Documents learned since the build.", lambda status: status.datastore.counts.learned),
+            ("deleted_documents", "Documents deleted from the name.", lambda status: status.datastore.counts.deleted),
         ]
         for name, help_text, read in gauges:
             gauge = GaugeMetricFamily(f"knnlm_datastore_{name}", help_text, labels=["datastore"])

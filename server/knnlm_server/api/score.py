@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import logging
@@ -57,8 +56,7 @@ async def score(body: ScoreBody, request: Request) -> Response:
     try:
         scored = await until_disconnect(request, _collect(job))
         # Thousands of texts take seconds: streams must not wait for them.
-        rendering = asyncio.get_running_loop().run_in_executor(backend.threads.reading, _whole, job, renderer, scored)
-        content = await rendering
+        content = await job.in_thread(lambda: _whole(job, renderer, scored))
         return Response(content, media_type="application/json")
     finally:
         job.close()
@@ -110,7 +108,7 @@ async def _lines(job: ScoreJob, renderer: ScoreRenderer) -> AsyncIterator[str]:
         async for scored in job.texts(tick_s=PROGRESS_S):
             if scored is not None:
                 pieces = renderer.result(job.plan.texts[scored.position], scored, object="score.result")
-                while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+                while (piece := await job.in_thread(lambda: next(pieces, None))) is not None:  # noqa: B023
                     yield piece
                 yield "\n"
             if time.monotonic() - told_s >= PROGRESS_S:

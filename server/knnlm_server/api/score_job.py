@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from knnlm_server.api.state import Backend
 from knnlm_server.engine.scoring import ScoreRequest, TokenScores, no_scores
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +156,10 @@ class ScoreJob:
                     await self._changed.wait()
             except TimeoutError:
                 yield None
+
+    async def in_thread(self, function: Callable[[], T]) -> T:
+        """Call a function on a thread that may read the datastores until it returns."""
+        return await self._lease.in_thread(function, executor=self._threads.reading)
 
     def close(self) -> None:
         """End what still runs and give the lease's share back; closing again does nothing."""

@@ -66,6 +66,12 @@ def authorization_of(scope: Scope) -> str | None:
     return given[0].decode("latin-1") if len(given) == 1 else None
 
 
+def actor_of(request: Request) -> str:
+    """Who asks, for an audit log: the address, and the request's id, by which the access log knows more."""
+    address = request.client.host if request.client is not None else "unknown"
+    return f"http {address} request {request.state.request_id}"
+
+
 def key_number(authorization: str | None, settings: ServerSettings) -> int | None:
     """Which of the server's API keys a request carries, if any."""
     found = [number for number, key in enumerate(settings.api_key) if _matches(authorization, key)]

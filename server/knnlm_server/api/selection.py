@@ -81,7 +81,7 @@ def select(
     leases: list[Lease] = []
     try:
         for store in stores:
-            leases.append(backend.registry.lease(store.name))
+            leases.append(backend.registry.lease(store.name, param="knn.datastore"))
         names = [lease.datastore.name for lease in leases]
         _refuse_twice(names, stores)
         retrieval = _retrieval(backend, leases, stores, knn, excluded)

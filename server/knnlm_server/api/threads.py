@@ -6,24 +6,32 @@ from concurrent.futures import ThreadPoolExecutor
 
 READING_THREADS = 4
 OVERLAP_THREADS = 2
-DATASTORE_THREADS = 4
+LOADING_THREADS = 4
+CHANGING_THREADS = 4
+MAINTENANCE_THREADS = 2
 
 
 class Threads:
-    """Three small sets of threads; work beyond their number waits its turn. Started when first used.
+    """Small sets of threads; work beyond the number of a set waits its turn, and holds up no other set.
+
+    Started when first used.
 
     Attributes:
         reading: tokenises texts of any length, and renders the answers that are as long.
         overlap: searches through whole datastores.
-        datastores: loads, drains and changes them.
+        loading: loads and drains datastores.
+        changing: writes what is learned and deleted.
+        maintenance: compacts, purges, verifies and compares, which can take minutes.
     """
 
     def __init__(self) -> None:
         self.reading = ThreadPoolExecutor(READING_THREADS, "reading")
         self.overlap = ThreadPoolExecutor(OVERLAP_THREADS, "overlap")
-        self.datastores = ThreadPoolExecutor(DATASTORE_THREADS, "datastores")
+        self.loading = ThreadPoolExecutor(LOADING_THREADS, "loading")
+        self.changing = ThreadPoolExecutor(CHANGING_THREADS, "changing")
+        self.maintenance = ThreadPoolExecutor(MAINTENANCE_THREADS, "maintenance")
 
     def close(self) -> None:
-        """Drop the work that waits and take no more; what runs goes on, and nobody waits for it."""
-        for executor in (self.reading, self.overlap, self.datastores):
+        """Drop the work that waits and take no more; the process ends when what runs has ended."""
+        for executor in (self.reading, self.overlap, self.loading, self.changing, self.maintenance):
             executor.shutdown(wait=False, cancel_futures=True)

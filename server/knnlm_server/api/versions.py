@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -18,7 +19,8 @@ from knnlm_core.datastore.maintenance.export import document_line
 from knnlm_core.datastore.maintenance.verify import verify
 from knnlm_core.datastore.maintenance.versions import list_versions
 from knnlm_core.datastore.snapshot import Snapshot
-from knnlm_core.errors import DocumentNotFound
+from knnlm_core.errors import DocumentNotFound, KnnlmError
+from knnlm_server.api.errors import error_body
 from knnlm_server.api.json_route import JsonRoute
 from knnlm_server.api.schemas.datastores import Name
 from knnlm_server.api.schemas.events import json_lines
@@ -93,16 +95,19 @@ async def export_documents(name: Name, request: Request) -> Response:
     lines = _lines(lease.datastore)
 
     async def pieces() -> AsyncIterator[str]:
-        while piece := await holder.in_thread(
-            lambda: "".join(islice(lines, DOCUMENTS_AT_ONCE)), executor=state.threads.reading
-        ):
-            yield piece
+        try:
+            while piece := await holder.in_thread(
+                lambda: "".join(islice(lines, DOCUMENTS_AT_ONCE)), executor=state.threads.reading
+            ):
+                yield piece
+        except KnnlmError as error:
+            yield json.dumps(error_body(error)) + "\n"
 
     return stream_response(pieces(), "application/x-ndjson", on_close=holder.drop)
 
 
 async def _on_disk(request: Request, work: Callable[[], T]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(backend(request).threads.datastores, work)
+    return await asyncio.get_running_loop().run_in_executor(backend(request).threads.maintenance, work)
 
 
 def _home(registry: Registry, given: str) -> tuple[Path, str]:

@@ -143,6 +143,9 @@ class ShadowSearch:
         for some in torch.split(rows, ROWS_AT_ONCE):
             if not len(some):
                 continue
+            if self._waiting.full():  # nothing is copied for what cannot wait
+                self._metrics.shadow_dropped.labels("queue_full").inc(len(some))
+                continue
             # Fancy indices copy.
             neighbors = Neighbors(*(column[some.to(column.device)].cpu() for column in found))
             taken = queries.detach()[some.to(queries.device)].cpu()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,9 @@ class Loaded(NamedTuple):
 
     status: DatastoreStatus
     created: bool  # False when the name was loaded before
+
+
+Reload = Callable[[str | None], Loaded]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,6 @@ class Registry:
         # Without a root nothing is ever loaded.
         self._swaps = Swaps(root or Path(), identity, config or RegistryConfig())
         self._table = self._swaps.table
-        self._targets = Turns()  # of loads and unloads
         self._changes = Turns()  # of what learns and deletes
 
     # -- what there is -------------------------------------------------------------------------------------------------
@@ -120,9 +122,13 @@ class Registry:
         """All loaded names, sorted."""
         return self._table.statuses()
 
-    def lease(self, name: str) -> Lease:
-        """Pin what the name means now. Raises DatastoreNotFound: not loaded, or being unloaded."""
-        return self._table.lease(name, param="knn.datastore")
+    def lease(self, name: str, param: str | None = None) -> Lease:
+        """Pin what the name means now.
+
+        Args:   param: the request's field that names it, if it is one.
+        Raises: DatastoreNotFound: not loaded, or being unloaded.
+        """
+        return self._table.lease(name, param=param)
 
     def pin(self, snapshot: Snapshot) -> Lease | None:
         """A lease of its own on a snapshot, for whoever wants to look at what a request has just searched.
@@ -152,7 +158,7 @@ class Registry:
             ShuttingDown: the registry was closed meanwhile.
         """
         name = self._check_name(name)
-        with self._targets.take(name):
+        with self._turn(name):
             if labels.aliases is not None:
                 check_aliases(labels.aliases, {*self.serving.names, *self.published(), name})
             return self._load(name, version, labels, report)
@@ -166,7 +172,7 @@ class Registry:
             DatastoreMismatch, DatastoreCorrupt, DatastoreBudget, DatastoreBusy, ShuttingDown: as `load`.
         """
         name = self._check_name(name)
-        with self._targets.take(name):
+        with self._turn(name):
             return self._load(name, self.serving.previous_of(name), AS_THEY_ARE, report)
 
     def unload(self, name: str, timeout_s: float) -> None:
@@ -178,9 +184,20 @@ class Registry:
                 again.
         """
         name = self.resolve(name)
-        with self._targets.take(name):
+        with self._turn(name):
             self._swaps.unload(name, timeout_s)
         logger.info("datastore unloaded name=%s", name)
+
+    @contextmanager
+    def rewriting(self, name: str) -> Iterator[Reload]:
+        """Nobody else loads or unloads the name, or removes versions of it, in the block.
+
+        Yields: what loads a version of the name, None for the current one, as `load` does.
+        Raises: DatastoreBusy: somebody does.
+        """
+        name = self._check_name(name)
+        with self._turn(name):
+            yield lambda version: self._load(name, version, AS_THEY_ARE, ignore)
 
     def relabel(self, serving: Serving) -> None:
         """Replace aliases and default, for a server that starts."""
@@ -229,6 +246,14 @@ class Registry:
         self._swaps.close()
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _turn(self, name: str) -> Iterator[None]:
+        try:
+            with self._swaps.turns.take(name):
+                yield
+        finally:
+            self._swaps.end_turn(name)
 
     def _check_name(self, name: str) -> str:
         if self.root is None:

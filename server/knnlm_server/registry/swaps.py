@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from knnlm_core.datastore.living import LivingName
-from knnlm_core.errors import ShuttingDown
+from knnlm_core.errors import DatastoreBusy, ShuttingDown
 from knnlm_core.types import LMIdentity
 from knnlm_server.registry.budget import Budget
 from knnlm_server.registry.closer import Closer
@@ -23,6 +23,7 @@ from knnlm_server.registry.retention import Retention
 from knnlm_server.registry.serving import Labels, Serving
 from knnlm_server.registry.state_file import StateFile
 from knnlm_server.registry.table import DatastoreStatus, Table
+from knnlm_server.registry.turns import Turns
 
 
 class Swaps:
@@ -34,6 +35,7 @@ class Swaps:
 
     def __init__(self, root: Path, identity: LMIdentity, config: RegistryConfig) -> None:
         self.livings = Livings(root)
+        self.turns = Turns()  # whoever loads or unloads a name, or removes versions of it, has its turn
         self.budget = Budget(config.max_bytes, lambda: self.livings.num_bytes)
         self.state = StateFile(config.state)
         self._loader = Loader(root, identity, self.budget, config.verified)
@@ -42,6 +44,7 @@ class Swaps:
         self.table = Table(self.state.open(), self._closer.close)
         self._commits = threading.Lock()  # leases do not wait for it
         self._is_closed = False
+        self._postponed: set[str] = set()  # names whose retention waits for the end of a turn
 
     def load(self, name: str, version: str | None, labels: Labels, report: Report) -> tuple[DatastoreStatus, bool]:
         """Prepare a version and retarget its name; returns the status, and whether the name was loaded before.
@@ -87,6 +90,12 @@ class Swaps:
             if generation is not None:
                 self.table.show(generation, generation.living.snapshot(generation.datastore))
 
+    def end_turn(self, name: str) -> None:
+        """What had to wait for the end of a turn."""
+        if name in self._postponed:
+            self._postponed.discard(name)
+            self._retain(name)
+
     def require_open(self) -> None:
         """Raises ShuttingDown: this was closed."""
         if self._is_closed:
@@ -120,6 +129,14 @@ class Swaps:
         generation.living.detach(generation.datastore)
         self._loader.discard(generation.datastore)
         self.livings.leave(name)
-        served = self.table.serving.names[name]
-        used = {other.datastore.version for other in self.table.open_generations() if other.name == name}
-        self._retention.apply(name, {served.serving, *used, *([served.previous] if served.previous else [])})
+        self._retain(name)
+
+    def _retain(self, name: str) -> None:
+        """Remove versions that need not be kept, unless somebody is about to load one."""
+        try:
+            with self.turns.take(name):
+                served = self.table.serving.names[name]
+                used = {other.datastore.version for other in self.table.open_generations() if other.name == name}
+                self._retention.apply(name, {served.serving, *used, *([served.previous] if served.previous else [])})
+        except DatastoreBusy:
+            self._postponed.add(name)

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from knnlm_core.datastore.canaries import SelfTest
-from knnlm_core.datastore.ledger import LedgerState
 from knnlm_core.datastore.snapshot import Snapshot
 from knnlm_core.errors import DatastoreBusy, DatastoreNotFound
 from knnlm_server.registry.generation import Generation, Lease
@@ -31,23 +30,11 @@ class DatastoreStatus(NamedTuple):
     served: ServedName
     aliases: tuple[str, ...]
     self_test: SelfTest
-    ledger: LedgerState
 
     @property
     def name(self) -> str:
         """The datastore's name."""
         return self.datastore.name
-
-    @property
-    def learned_documents(self) -> int:
-        """Documents learned since the version was built."""
-        built = self.datastore.manifest.revision
-        return sum(revision > built for revision in self.ledger.learned.values())
-
-    @property
-    def deleted_documents(self) -> int:
-        """Ids deleted from the name."""
-        return len(self.ledger.deleted)
 
 
 class Table:
@@ -197,7 +184,6 @@ class Table:
             served=self._serving.names[name],
             aliases=self._serving.aliases_of(name),
             self_test=generation.self_test,
-            ledger=generation.living.state,
         )
 
     def _retire(self, generation: Generation | None) -> list[Generation]:

@@ -30,8 +30,8 @@ from knnlm_core.datastore import layout
 from knnlm_core.datastore.calibration import read_calibration
 from knnlm_core.datastore.canaries import canaries_of, self_test
 from knnlm_core.datastore.index import EXACT_UP_TO, ivf_spec
+from knnlm_core.datastore.lock import lock_versions
 from knnlm_core.datastore.maintenance.compact import compact
-from knnlm_core.datastore.maintenance.lock import BUILD_LOCK, lock_versions
 from knnlm_core.datastore.manifest import version_of
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.errors import DatastoreBusy, DatastoreConflict, DatastoreCorrupt, DatastoreMismatch, DatastoreNotFound
@@ -63,7 +63,7 @@ def test_a_compacted_version_finds_what_version_and_tail_found_together(tmp_path
             assert places(after, has.entry_ids) == needed
     # The tail is folded in: a living snapshot adds nothing to the version.
     snapshot = living(tmp_path)
-    assert (snapshot.learned_entries, snapshot.num_documents) == (0, len(ALIVE))
+    assert (snapshot.learned_entries, snapshot.counts.documents) == (0, len(ALIVE))
     assert snapshot.document_ids() == ALIVE
 
 
@@ -110,7 +110,7 @@ def test_nothing_to_fold_changes_nothing(tmp_path: Path) -> None:
     version = publish_store(tmp_path)
     files = sorted(tmp_path.rglob("*"))
     assert compact(tmp_path, NAME) == version
-    assert [path for path in sorted(tmp_path.rglob("*")) if path.name != BUILD_LOCK] == files
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.name != layout.BUILD_LOCK] == files
     teach(tmp_path, new_document("new", 5, 1))
     forget(tmp_path, "new")
     assert compact(tmp_path, NAME) == version  # it came and went: the version says the same
@@ -285,10 +285,9 @@ def test_nothing_left_is_refused_and_nothing_changes(tmp_path: Path) -> None:
 
 
 def test_a_build_and_a_compaction_exclude_each_other(tmp_path: Path) -> None:
-    from knnlm_builder.journal import LOCK, exclusive
+    from knnlm_builder.journal import exclusive
     from knnlm_core.errors import BuildConflict
 
-    assert LOCK == BUILD_LOCK
     publish_store(tmp_path)
     forget(tmp_path, "doc/1")
     with exclusive(tmp_path / NAME), pytest.raises(DatastoreBusy, match="under way"):

@@ -68,6 +68,7 @@ class Livings(RuleBasedStateMachine):
             Copy(f"doc/{i}", 0, keys[end - size : end]) for i, (size, end) in enumerate(zip(sizes, ends, strict=True))
         ]
         self.killed: dict[str, int] = {}
+        self.learned: dict[str, int] = {}  # of them, those whose last operation was to be learned
         self.revision = 0
         self.pinned: list[Pinned] = []
         self.made = 0
@@ -104,6 +105,7 @@ class Livings(RuleBasedStateMachine):
             *(Copy(new.document.id, self.revision, np.asarray(new.keys)) for new in documents),
         ]
         self.killed |= {new.document.id: self.revision for new in documents}
+        self.learned |= {new.document.id: self.revision for new in documents}
 
     @rule(number=st.integers(0, 6))
     def delete(self, number: int) -> None:
@@ -113,8 +115,12 @@ class Livings(RuleBasedStateMachine):
                 self.living.delete([document_id])
             return
         self.living.delete([document_id])
+        self.note_deletion(document_id)
+
+    def note_deletion(self, document_id: str) -> None:
         self.revision += 1
         self.killed[document_id] = self.revision
+        self.learned.pop(document_id, None)
 
     @precondition(lambda self: len(self.pinned) < 4)
     @rule()
@@ -133,6 +139,8 @@ class Livings(RuleBasedStateMachine):
         self.store.close()
         self.store = Datastore.open(self.root, "law")
         self.living = LivingName(self.root, "law")
+        # What was learned by one request is not read again once all of it is dead.
+        self.copies = [copy for copy in self.copies if copy.revision in {0, *self.learned.values()}]
 
     @rule(number=st.integers(0, 6))
     def another_process_deletes(self, number: int) -> None:
@@ -140,8 +148,7 @@ class Livings(RuleBasedStateMachine):
         with Datastore.open(self.root, "law") as store:
             if f"doc/{number}" in other.snapshot(store).document_ids():
                 other.delete([f"doc/{number}"])
-                self.revision += 1
-                self.killed[f"doc/{number}"] = self.revision
+                self.note_deletion(f"doc/{number}")
                 assert self.living.refresh()
         assert not self.living.refresh()
 
@@ -149,6 +156,8 @@ class Livings(RuleBasedStateMachine):
     def every_snapshot_is_its_list(self) -> None:
         now = Pinned(self.living.snapshot(self.store), self.copies)
         assert now.snapshot.revision == self.revision
+        documents, deleted = len(self.alive(self.copies)), len(self.killed) - len(self.learned)
+        assert now.snapshot.counts == (documents, len(self.learned), deleted)
         for snapshot, copies in (now, *self.pinned):
             check(snapshot, copies, self.killed)
 
@@ -162,7 +171,6 @@ def check(snapshot: Snapshot, copies: list[Copy], killed: dict[str, int]) -> Non
 
     assert snapshot.entries == len(keys)
     assert snapshot.document_ids() == [copy.document_id for copy in alive]
-    assert snapshot.num_documents == len(alive)
     for query in (keys[0] + 1.0, keys[-1] * 0.0):
         k = 5
         for method in (snapshot.search, snapshot.search_exact):
@@ -263,8 +271,9 @@ def test_none_of_10000_queries_finds_a_deleted_document_that_they_found(tmp_path
                 for query in queries[:200]
                 for entry in view.search(query[None], 8).entry_ids[0].tolist()
             )
-            assert view.locate(range(first, stop)) == [None] * (stop - first)
-            assert set(view.next_entry(torch.arange(first, stop)).tolist()) == {-1}
+            if stop <= view.entries:  # what was learned and deleted is not read again
+                assert view.locate(range(first, stop)) == [None] * (stop - first)
+                assert set(view.next_entry(torch.arange(first, stop)).tolist()) == {-1}
         again.close()
 
 

@@ -12,8 +12,8 @@ from maintained_store import NAME, all_entries, change_a_lot, forget, living, ne
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.history import read_history, rollback
 from knnlm_core.datastore.ledger_file import LedgerState, SegmentRecord, read_ledger
+from knnlm_core.datastore.lock import lock_versions
 from knnlm_core.datastore.maintenance.compact import compact
-from knnlm_core.datastore.maintenance.lock import lock_versions
 from knnlm_core.datastore.maintenance.prune import _unneeded, prune
 from knnlm_core.datastore.publish import set_current
 from knnlm_core.datastore.reader import Datastore

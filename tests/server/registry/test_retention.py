@@ -6,7 +6,7 @@ import pytest
 from registry_stores import Open, Stores
 
 from knnlm_core.datastore import layout
-from knnlm_core.datastore.maintenance.lock import lock_versions
+from knnlm_core.datastore.lock import lock_versions
 from knnlm_core.datastore.publish import set_current
 from knnlm_core.errors import DatastoreNotFound
 from knnlm_server.registry.registry import Registry

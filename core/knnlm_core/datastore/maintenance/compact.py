@@ -7,9 +7,9 @@ from pathlib import Path
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.ledger import append_audit
 from knnlm_core.datastore.ledger_file import LedgerState, read_ledger
+from knnlm_core.datastore.lock import lock_versions
 from knnlm_core.datastore.maintenance.carried import copy_calibration
 from knnlm_core.datastore.maintenance.copies import Source
-from knnlm_core.datastore.maintenance.lock import lock_versions
 from knnlm_core.datastore.maintenance.rewrite import Rewriting, discard_leftover, rewrite
 from knnlm_core.datastore.maintenance.stages import StageProgress, silent
 from knnlm_core.datastore.publish import set_current

@@ -10,7 +10,7 @@ from knnlm_core.datastore import layout
 from knnlm_core.datastore.history import previous, read_history, revise_history
 from knnlm_core.datastore.ledger import ledger_lock
 from knnlm_core.datastore.ledger_file import LedgerState, read_ledger
-from knnlm_core.datastore.maintenance.lock import lock_versions
+from knnlm_core.datastore.lock import lock_versions
 from knnlm_core.datastore.maintenance.removal import orphaned_calibrations, remove_calibration, remove_version
 from knnlm_core.datastore.maintenance.rewrite import discard_leftover
 from knnlm_core.datastore.manifest import Manifest

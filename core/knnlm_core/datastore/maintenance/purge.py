@@ -9,7 +9,7 @@ proof has succeeded nothing is removed that tells what to look for.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,9 @@ from knnlm_core.datastore.history import revise_history
 from knnlm_core.datastore.layout import Current
 from knnlm_core.datastore.ledger import append_audit, check_document_ids, ledger_lock
 from knnlm_core.datastore.ledger_file import read_ledger
+from knnlm_core.datastore.lock import lock_versions
 from knnlm_core.datastore.maintenance.carried import copy_calibration
 from knnlm_core.datastore.maintenance.copies import Keep, Source, entries_in
-from knnlm_core.datastore.maintenance.lock import lock_versions
 from knnlm_core.datastore.maintenance.purge_proof import Own, Proof, own_traces, prove
 from knnlm_core.datastore.maintenance.purge_tail import rewrite_tail
 from knnlm_core.datastore.maintenance.removal import orphaned_calibrations, remove_calibration, remove_version
@@ -59,11 +59,20 @@ class PurgeReport:
 
 
 def purge(
-    root: Path, name: str, document_ids: Sequence[str], *, progress: StageProgress = silent, actor: str | None = None
+    root: Path,
+    name: str,
+    document_ids: Sequence[str],
+    *,
+    progress: StageProgress = silent,
+    actor: str | None = None,
+    before_removal: Callable[[], None] = lambda: None,
 ) -> PurgeReport:
     """Forget documents for good. Unfinished builds of the name are discarded: nobody knows what they hold.
 
-    A server that has an old version open holds what it has mapped until it changes to another one.
+    A server that has an old version open holds what it has mapped until it changes to another one. A document that is
+    learned again before the purge ends is purged too.
+
+    Args:     before_removal: called when all is proven and nothing is removed yet, for whoever reads the tail.
 
     Raises:
         InvalidParameter: no id, or the same twice.
@@ -75,7 +84,7 @@ def purge(
     """
     check_document_ids(document_ids)
     with lock_versions(root, name) as home:
-        return _Purge(root, name, home, frozenset(document_ids), progress, actor).run()
+        return _Purge(root, name, home, frozenset(document_ids), progress, actor, before_removal).run()
 
 
 @dataclass
@@ -86,6 +95,7 @@ class _Purge:
     ids: frozenset[str]
     progress: StageProgress
     actor: str | None
+    before_removal: Callable[[], None]
     own: dict[Path, Own] = field(default_factory=dict)
 
     def run(self) -> PurgeReport:
@@ -93,7 +103,8 @@ class _Purge:
         holders, traces = self._holders()
         self._delete()
         for leftover in self.home.glob(f"*{layout.BUILDING_SUFFIX}"):
-            shutil.rmtree(leftover)
+            if leftover.is_dir():  # a stray file is for the proof
+                shutil.rmtree(leftover)
         versions: dict[str, str | None] = {}
         calibrations: dict[str, str] = {}
         for version in holders:
@@ -106,7 +117,8 @@ class _Purge:
         doomed = self._doomed(versions, segments)
         proof = prove(self.root, self.name, traces, self.own, doomed, self.progress)
         _require_nothing_left(self.name, proof)
-        self._remove(versions)
+        self.before_removal()
+        self._remove(versions, segments)
         append_audit(self.root, self.name, "purge", revision, sorted(self.ids), self.actor)
         removed = tuple(sorted(folder.relative_to(self.home).as_posix() for folder in doomed))
         return PurgeReport(tuple(sorted(self.ids)), revision, versions, segments, proof, _sought(traces), removed)
@@ -120,8 +132,11 @@ class _Purge:
             with Datastore.open_folder(layout.version_folder(self.root, self.name, version)) as store:
                 source = Source.of_version(store)
                 held = {id_ for id_ in self.ids if id_ in source.table} | gathering.held_out_by(store)
-                if held:
+                # Lists may have come from a version that held a copy, perhaps one that is gone: they are means of keys.
+                inherited = store.manifest.parent_version is not None and store.manifest.index.is_trained
+                if held or inherited:
                     holders[version] = entries_in(source.ranges(self._keep))
+                if held:
                     gathering.add_source(source)
                     gathering.add_held_out(store)
                     known |= held
@@ -192,12 +207,13 @@ class _Purge:
         folders += [layout.segment_folder(self.root, self.name, revision) for revision in segments]
         return folders + [layout.calibration_folder(self.root, self.name, calibration) for calibration in calibrations]
 
-    def _remove(self, versions: Collection[str]) -> None:
+    def _remove(self, versions: Collection[str], segments: Collection[int]) -> None:
         for version in versions:
             remove_version(self.root, self.name, version)
         for calibration in orphaned_calibrations(self.root, self.name):
             remove_calibration(self.root, self.name, calibration)
         with ledger_lock(self.root, self.name) as writer:
+            writer.commit(writer.state.without_segments(segments))
             writer.remove_leftovers()
 
 

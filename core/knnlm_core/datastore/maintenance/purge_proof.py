@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,6 +91,7 @@ class _Prover:
     def __init__(self, root: Path, name: str, traces: Traces, own: Mapping[Path, Own], gone: Collection[Path]) -> None:
         self._root, self._name, self._traces, self._own = root, name, traces, own
         self._home = layout.name_folder(root, name)
+        self._gone = frozenset(gone)
         self._left = {path for path in _files(self._home) if not any(folder in path.parents for folder in gone)}
         self._shared = defaultdict[int, set[bytes]](set)  # keys of documents that stay, by width
         self._centroids = {dim: _as_floats(rows, dim) for dim, rows in traces.keys.items()}
@@ -105,6 +107,8 @@ class _Prover:
             if folder / layout.MANIFEST in self._left:
                 lists += self._version(folder)
         for record in read_ledger(self._root, self._name).segments:
+            if layout.segment_folder(self._root, self._name, record.revision) in self._gone:
+                continue
             with open_segment(self._root, self._name, record) as segment:
                 self._arrays(segment.folder, Source.of_segment(segment), [(segment.folder, 0, segment.entries)])
                 self._documents(segment.folder / layout.DOCUMENTS, self._traces.ids.__contains__)
@@ -199,8 +203,9 @@ class _Prover:
             known = path.name in {layout.MANIFEST, layout.SEGMENT, layout.CALIBRATION} or (
                 path.parent == self._home and path.name.removesuffix(".part") in _MAY_NAME
             )
-            found, in_common = (silent if known else naming).count(path, shared)
-            self._searches.append(Search(self._relative(path), "bytes", found, in_common))
+            with suppress(FileNotFoundError):  # somebody has replaced or removed it meanwhile
+                found, in_common = (silent if known else naming).count(path, shared)
+                self._searches.append(Search(self._relative(path), "bytes", found, in_common))
             self._advance(1)
 
     def _calibration(self, calibration: str) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection
 import numpy as np
 
 from knnlm_core.datastore.ledger import LedgerWriter
-from knnlm_core.datastore.ledger_file import SegmentRecord
 from knnlm_core.datastore.maintenance.copies import Keep, Source
 from knnlm_core.datastore.segments import NewDocument, open_segment, write_segment
 
@@ -15,14 +14,17 @@ Noted = Callable[[int, Source, Keep], None]
 
 
 def rewrite_tail(writer: LedgerWriter, ids: Collection[str], noted: Noted) -> dict[int, int | None]:
-    """Replace every segment that holds one of some documents; revision of the old one → of the new one.
+    """Write every segment anew that holds one of some documents; revision of the old one → of the new one.
 
     A segment is never changed, so the other documents that are alive in it are learned anew, as they are: all their
-    older copies are dead from then on. None where there is no such document. The old folders stay until somebody calls
-    `LedgerWriter.remove_leftovers`; a crash before a commit leaves the old segment, one after it the new one.
+    older copies are dead from then on. None where there is no such document. The old segments stay listed, for whoever
+    has to know what they held, until `LedgerState.without_segments`. A document that was learned again meanwhile is
+    deleted again.
 
     Args:     noted: gets the revision of each new segment with the one that it is made from, and what was kept of it.
     """
+    if again := sorted(document_id for document_id in ids if document_id in writer.state.learned):
+        writer.delete(again)
     replaced: dict[int, int | None] = {}
     for record in writer.state.segments:
         with open_segment(writer.root, writer.name, record, checksums=True) as segment:
@@ -31,18 +33,13 @@ def rewrite_tail(writer: LedgerWriter, ids: Collection[str], noted: Noted) -> di
             source = Source.of_segment(segment)
             keep = _keep(writer, ids)
             documents = _documents(source, keep)
-            without = writer.state.without_segments([record.revision])
-            if not documents:
-                writer.commit(without)
-                replaced[record.revision] = None
-                continue
-            manifest, revision = segment.manifest, writer.next_revision
-            new: SegmentRecord = write_segment(
-                writer.root, writer.name, revision, manifest.lm, manifest.context, documents
-            )
-            noted(revision, source, keep)
-            writer.commit(without.after_add(new, [one.document.id for one in documents]))
-            replaced[record.revision] = revision
+            replaced[record.revision] = None
+            if documents:
+                lm, context, revision = segment.manifest.lm, segment.manifest.context, writer.next_revision
+                new = write_segment(writer.root, writer.name, revision, lm, context, documents)
+                noted(revision, source, keep)
+                writer.commit(writer.state.after_add(new, [one.document.id for one in documents]))
+                replaced[record.revision] = revision
     return replaced
 
 

@@ -202,12 +202,13 @@ def _finish(folder: Path, manifest: Manifest, canaries: Canaries | None, progres
         own = some_entries(store.entries, _GATE_QUERIES, manifest.index.seed)
         queries = store.keys(own) if canaries is None else canaries.queries
         gate = pass_gate(store, queries, progress)
+        tested = some_entries(store.entries, SELF_QUERIES, manifest.index.seed + 1)
         measured = {
             "recall_queries": len(queries),
             "recall_queries_from": "stored keys" if canaries is None else "canaries",
             RECORDED_RECALL: gate.recall_at_32,
-            "self_recall": check_self_recall(store, own[:SELF_QUERIES], gate.nprobe),
-            "self_queries": len(own[:SELF_QUERIES]),
+            "self_recall": check_self_recall(store, tested, gate.nprobe),
+            "self_queries": len(tested),
         }
     files = manifest.files
     if canaries is not None:

@@ -15,10 +15,12 @@ from knnlm_server.api.schemas.limits import shown
 MAX_LEARNED_DOCUMENTS = 1024  # of one request
 MAX_LEARNED_TOKENS = 131_072  # of one request; their keys are held in memory until they are written
 MAX_TAGS = 64
+MAX_FIELD_CHARACTERS = 1024  # of what answers repeat for every neighbour
 
 DocumentId = Annotated[
     str, Path(description="Id of a document; may hold slashes.", json_schema_extra={"maxLength": MAX_ID_CHARACTERS})
 ]
+_Field = Annotated[Text, shown(maxLength=MAX_FIELD_CHARACTERS)]
 
 
 class DocumentBody(ClosedBody):
@@ -26,9 +28,9 @@ class DocumentBody(ClosedBody):
 
     id: Annotated[NonEmpty, shown(maxLength=MAX_ID_CHARACTERS)]
     text: NonEmpty
-    uri: Text | None = None
-    title: Text | None = None
-    licence: Text | None = None
+    uri: _Field | None = None
+    title: _Field | None = None
+    licence: _Field | None = None
     tags: Annotated[list[Text], Field(fail_fast=True), shown(maxItems=MAX_TAGS)] = Field(default_factory=list)
 
 

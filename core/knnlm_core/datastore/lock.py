@@ -1,4 +1,4 @@
-"""One build, compaction or purge at a time per name."""
+"""One build, compaction, purge, rollback or pruning at a time per name: whatever writes CURRENT or removes versions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from pathlib import Path
 
 from knnlm_core.datastore import layout
 from knnlm_core.errors import DatastoreBusy, DatastoreNotFound, DatastoreReadOnly
-
-BUILD_LOCK = "build.lock"  # the builder's: both write versions of the name
 
 
 @contextmanager
@@ -26,7 +24,7 @@ def lock_versions(root: Path, name: str) -> Iterator[Path]:
     if not folder.is_dir():
         raise DatastoreNotFound(f"there is no folder {folder}")
     try:
-        file = (folder / BUILD_LOCK).open("w")
+        file = (folder / layout.BUILD_LOCK).open("w")
     except OSError as error:
         raise DatastoreReadOnly(f"{folder} cannot be written: {error.strerror}") from error
     with file:
