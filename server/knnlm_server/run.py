@@ -13,6 +13,8 @@ from knnlm_core.errors import InvalidParameter, ServiceError
 from knnlm_server.settings import ServerSettings
 from knnlm_server.telemetry.logs import configure_logging
 
+_MAX_HEAD_BYTES = 128 * 1024  # of a request's line and headers: a document's id is part of its path
+
 
 def run_server(settings: ServerSettings) -> None:
     """Serve until SIGINT or SIGTERM.
@@ -40,6 +42,7 @@ def run_server(settings: ServerSettings) -> None:
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=int(settings.drain_timeout_s) + 1,
+        h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
     )
     server = uvicorn.Server(config)
     host, port = sock.getsockname()[:2]

@@ -339,8 +339,8 @@ class Leases:
         registry = server.backend.registry
         lease = registry.lease
 
-        def counted(name: str) -> Any:
-            taken = lease(name)
+        def counted(name: str, param: str | None = None) -> Any:
+            taken = lease(name, param=param)
             self.given += 1
             release, released = taken.release, []
 

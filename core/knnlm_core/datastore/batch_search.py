@@ -117,7 +117,7 @@ def search_batch(lists: Lists, queries: Floats, k: int, bitmap: Bitmap | None) -
         widest = max(1, int(lists.sizes[visits].sum(axis=1).max()))
         step = -(-len(visits) // -(-len(visits) * widest // _CANDIDATES))
         for begin in range(0, len(visits), step):
-            rows = slice(first + begin, first + begin + step)
+            rows = slice(first + begin, first + min(begin + step, len(visits)))
             table = _Table(visits[begin : begin + step], lists.sizes)
             ids = _compute(lists, queries[rows], bitmap, table)
             _select(table, ids, Found(found.distances[rows], found.entry_ids[rows]))

@@ -123,7 +123,7 @@ def complete(**body: Any) -> Callable[[Caller], object]:
         (chat(top_logprobs=2), openai.BadRequestError, "invalid_parameter", "top_logprobs"),
         (chat(messages=[]), openai.BadRequestError, "invalid_parameter", "messages"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else None,
 )  # fmt: skip
 def test_a_wrong_call_is_told_once_which_field_is_wrong(
     learned_server: LiveServer,

@@ -36,7 +36,7 @@ def test_new_leases_see_what_was_learned_and_old_ones_do_not(registry: Registry,
     assert [lease.datastore.has_document("added") for lease in (before, after)] == [False, True]
     assert after.datastore.entries == before.datastore.entries + 3
     status = registry.status("law")
-    assert (status.learned_documents, status.deleted_documents, status.leases) == (1, 0, 2)
+    assert (status.datastore.counts.learned, status.datastore.counts.deleted, status.leases) == (1, 0, 2)
 
 
 def test_what_is_deleted_is_gone_for_old_leases_too(registry: Registry) -> None:
@@ -47,7 +47,7 @@ def test_what_is_deleted_is_gone_for_old_leases_too(registry: Registry) -> None:
     assert not lease.datastore.has_document("doc/1")
     assert lease.label.endswith(":1.0")  # as it was admitted
     status = registry.status("law")
-    assert (status.datastore.revision, status.learned_documents, status.deleted_documents) == (1, 0, 1)
+    assert (status.datastore.revision, *status.datastore.counts[1:]) == (1, 0, 1)
 
 
 def test_swaps_and_rollbacks_keep_what_was_learned_and_bring_nothing_back(registry: Registry, stores: Stores) -> None:
