@@ -68,7 +68,9 @@ def main() -> None:
     versions = _build(args.model, args.data, args.work, root)
     calm, swapping, swap_s = Seen(), Seen(), list[float]()
     with (
-        served(args.model, root, NAME, port=PORT, options=("--max-sequences", str(STREAMS))) as server,
+        served(
+            args.model, root, NAME, port=PORT, options=("--max-sequences", str(STREAMS), "--max-model-len", "1024")
+        ) as server,
         Client(server.url, timeout=3600) as client,
     ):
         prompts, text = _inputs(client, args.data)
