@@ -25,7 +25,7 @@ from knnlm_core.datastore.snapshot import Snapshot
 from knnlm_core.errors import DatastoreCorrupt, DocumentExists, DocumentNotFound, InvalidParameter
 
 DIM = 3
-STEPS = int(os.environ.get("KNNLM_TEST_STEPS", "300"))
+STEPS = int(os.environ.get("KNNLM_TEST_STEPS", "150"))
 
 
 def new_document(document_id: str, keys: np.ndarray, first_value: int = 7) -> NewDocument:
