@@ -1,9 +1,11 @@
-"""Files that survive a crash: whole or absent, never half."""
+"""Files that survive a crash: whole or absent, never half; and locks that do not."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
+from typing import IO
 
 
 def sync_file(path: Path) -> None:
@@ -37,3 +39,15 @@ def write_text(path: Path, text: str) -> None:
     part = part_of(path)
     part.write_text(text, encoding="utf-8", newline="\n")
     replace_file(part, path)
+
+
+def try_lock(file: IO[str] | int) -> bool:
+    """Lock an open file for this process alone, until it closes the file or ends; False where another holds it.
+
+    Raises: OSError: the file system knows no locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from knnlm_core.datastore import layout
+from knnlm_core.durable import try_lock
 from knnlm_core.errors import BuildConflict, InvalidParameter
 
 _PLAN = "plan.tmp"
@@ -30,10 +30,8 @@ def exclusive(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise InvalidParameter(f"`output`: {folder} cannot be written: {error.strerror}", param="output") from error
     with file as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BuildConflict(f"another build of this datastore is under way in {folder}") from None
+        if not try_lock(lock):
+            raise BuildConflict(f"another build of this datastore is under way in {folder}")
         plan = folder / _PLAN
         shutil.rmtree(plan, ignore_errors=True)
         plan.mkdir()

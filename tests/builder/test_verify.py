@@ -13,11 +13,12 @@ from small_build import build, given, opened, plan_of, prose, write_jsonl
 
 from knnlm_builder.settings import BuildSettings
 from knnlm_builder.stages.plan import Plan
-from knnlm_builder.stages.verify import MIN_SELF_RECALL, SELF_QUERIES, verify
+from knnlm_builder.stages.verify import verify
 from knnlm_core.datastore import index, layout
 from knnlm_core.datastore.arrays import ValueColumns, map_keys, map_values, write_keys, write_values
 from knnlm_core.datastore.manifest import Manifest
 from knnlm_core.datastore.reader import Datastore
+from knnlm_core.datastore.recall import MIN_SELF_RECALL, SELF_QUERIES
 from knnlm_core.errors import DatastoreCorrupt, VerifyFailed
 
 DIM = 64

@@ -9,7 +9,6 @@ Writers hold ``ledger.lock``; readers take no lock, since LEDGER is replaced who
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -33,7 +32,7 @@ from knnlm_core.datastore.ledger_file import (
     segment_folders,
 )
 from knnlm_core.datastore.manifest import Manifest
-from knnlm_core.durable import sync_folder, write_text
+from knnlm_core.durable import sync_folder, try_lock, write_text
 from knnlm_core.errors import (
     DatastoreBusy,
     DatastoreConflict,
@@ -234,7 +233,7 @@ def _locked(path: Path, timeout_s: float) -> Iterator[int]:
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         deadline = time.monotonic() + timeout_s
-        while not _try_lock(descriptor):
+        while not try_lock(descriptor):
             if time.monotonic() >= deadline:
                 raise DatastoreBusy(
                     f"another change of {path.parent.name!r} is under way: {path} was locked for {timeout_s:g} s"
@@ -243,14 +242,6 @@ def _locked(path: Path, timeout_s: float) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)  # and with it the lock
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _last_revision(root: Path, name: str) -> int:

@@ -12,14 +12,21 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PlainValidator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from knnlm_core.datastore import layout
-from knnlm_core.datastore.manifest import Count, Positive, Sha256, read_json, validate
+from knnlm_core.datastore.manifest import (
+    FORMAT_VERSION,
+    Count,
+    Positive,
+    Sha256,
+    read_json,
+    require_format,
+    validate,
+)
 from knnlm_core.datastore.sealed import SEAL, canonical
-from knnlm_core.errors import DatastoreCorrupt, DatastoreMismatch, DatastoreNotFound
+from knnlm_core.errors import DatastoreCorrupt, DatastoreNotFound
 
-FORMAT_VERSION = 1
 MAX_LEDGER_BYTES = 16 * 1024 * 1024  # some 300,000 documents; parsed, the worst JSON takes fifty times its size
 MAX_REVISION = 10**16 - 1  # a segment's folder has 16 digits
 MAX_ID_CHARACTERS = 4096
@@ -164,15 +171,6 @@ def encode_ledger(state: LedgerState) -> str:
     """The content of LEDGER; the same state gives the same text."""
     content = _content(state)
     return canonical({**content, SEAL: _digest(content)}).decode() + "\n"
-
-
-def require_format(content: Mapping[str, JsonValue], path: Path, name: str) -> None:
-    """Raises DatastoreMismatch, DatastoreCorrupt: a ledger or segment of another format version, or of none."""
-    have = content.get("format_version")
-    if type(have) is not int:
-        raise DatastoreCorrupt(f"{path}: format_version must be an integer, it is {str(have)[:100]!r}")
-    if have != FORMAT_VERSION:
-        raise DatastoreMismatch(name, field="format_version", have=have, need=FORMAT_VERSION, needed_by="this reader")
 
 
 def segment_folders(folder: Path) -> list[Path]:

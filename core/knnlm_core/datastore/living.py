@@ -13,7 +13,6 @@ import threading
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Self
 
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.documents import read_ids
@@ -89,11 +88,6 @@ class LivingName:
         self._file = self._stat()
         self._state = read_ledger(root, name)
         self._num_bytes = 0
-
-    @classmethod
-    def open(cls, root: Path, name: str) -> Self:
-        """The same as the constructor."""
-        return cls(root, name)
 
     @property
     def state(self) -> LedgerState:

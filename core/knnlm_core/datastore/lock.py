@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from knnlm_core.datastore import layout
+from knnlm_core.durable import try_lock
 from knnlm_core.errors import DatastoreBusy, DatastoreNotFound, DatastoreReadOnly
 
 
@@ -28,8 +28,6 @@ def lock_versions(root: Path, name: str) -> Iterator[Path]:
     except OSError as error:
         raise DatastoreReadOnly(f"{folder} cannot be written: {error.strerror}") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DatastoreBusy(f"a build, a compaction or a purge of {name!r} is under way in {folder}") from None
+        if not try_lock(file):
+            raise DatastoreBusy(f"a build, a compaction or a purge of {name!r} is under way in {folder}")
         yield folder

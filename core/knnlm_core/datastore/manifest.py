@@ -225,13 +225,7 @@ class Manifest(_Section):
             DatastoreCorrupt: too large, not JSON, or a field is missing, unknown or contradicts another.
         """
         content = read_json(path, MAX_MANIFEST_BYTES)
-        have = content.get("format_version")
-        if type(have) is not int:
-            raise DatastoreCorrupt(f"{path}: format_version must be an integer, it is {have!r}")
-        if have != FORMAT_VERSION:
-            raise DatastoreMismatch(
-                path.parent.name, field="format_version", have=have, need=FORMAT_VERSION, needed_by="this reader"
-            )
+        require_format(content, path, path.parent.name)
         # Fields first: their errors say more.
         manifest = validate(cls, {name: value for name, value in content.items() if name != SEAL}, path)
         check_seal(content, path)
@@ -249,6 +243,15 @@ def version_of(inputs: Mapping[str, JsonValue]) -> str:
     since those differ between machines and thread counts.
     """
     return hashlib.sha256(canonical(inputs)).hexdigest()[:16]
+
+
+def require_format(content: Mapping[str, JsonValue], path: Path, name: str) -> None:
+    """Raises DatastoreMismatch, DatastoreCorrupt: a file of another format version, or of none."""
+    have = content.get("format_version")
+    if type(have) is not int:
+        raise DatastoreCorrupt(f"{path}: format_version must be an integer, it is {str(have)[:100]!r}")
+    if have != FORMAT_VERSION:
+        raise DatastoreMismatch(name, field="format_version", have=have, need=FORMAT_VERSION, needed_by="this reader")
 
 
 def check_relative(path: str) -> None:

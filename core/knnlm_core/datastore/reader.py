@@ -15,8 +15,6 @@ from knnlm_core.datastore.manifest import Manifest
 from knnlm_core.datastore.shard import Shard
 from knnlm_core.errors import DatastoreCorrupt, DatastoreMismatch, DatastoreNotFound
 
-_PREFETCH_BYTES = 4 * 1024 * 1024
-
 
 class Datastore(Entries):
     """A version of a datastore; its files never change, so any number of threads may use it until `close`."""
@@ -102,15 +100,6 @@ class Datastore(Entries):
         """The documents that were kept out of the entries for calibration; none if the version keeps none."""
         if layout.HELD_OUT in self.manifest.files:
             yield from read_documents(self.folder / layout.HELD_OUT)
-
-    def prefetch(self) -> None:
-        """Read indexes and values once, so that the first searches find them in the page cache."""
-        block = memoryview(bytearray(_PREFETCH_BYTES))
-        for section in self.manifest.shards:
-            for file in (layout.INDEX, layout.VALUES):
-                with (self.folder / section.name / file).open("rb", buffering=0) as source:
-                    while source.readinto(block):
-                        pass
 
     def close(self) -> None:
         """Unmap everything; searches under way end normally, later ones fail. Closing again does nothing."""

@@ -7,8 +7,11 @@ import math
 from torch import Tensor
 
 from knnlm_core.datastore.entries import Entries
+from knnlm_core.errors import VerifyFailed
 from knnlm_core.types import Neighbors
 
+SELF_QUERIES = 256  # stored keys that a finished version is asked for
+MIN_SELF_RECALL = 0.99
 _ROUNDING = 1e-6  # of the squared norm; other keys are farther away by several orders of magnitude
 
 
@@ -38,3 +41,11 @@ def self_recall(entries: Entries, ids: Tensor, *, nprobe: int | None = None) -> 
     is_same = (entries.keys(found.entry_ids[:, 0].clamp(min=0)) == keys).all(dim=1)
     no_distance = found.distances[:, 0] <= _ROUNDING * keys.square().sum(dim=1)
     return float((is_same & no_distance).double().mean())
+
+
+def check_self_recall(entries: Entries, ids: Tensor, *, nprobe: int | None = None) -> float:
+    """As `self_recall`. Raises VerifyFailed: it is below `MIN_SELF_RECALL`."""
+    share = self_recall(entries, ids, nprobe=nprobe)
+    if share < MIN_SELF_RECALL:
+        raise VerifyFailed(f"self-recall is {share:.4f}, at least {MIN_SELF_RECALL} is needed")
+    return share

@@ -18,8 +18,16 @@ from knnlm_core.datastore.arrays import KeyArray, ValueColumns, map_keys, map_va
 from knnlm_core.datastore.checksums import check_sizes, hash_file, record_files, verify_files
 from knnlm_core.datastore.documents import Document, DocumentsWriter, DocumentTable
 from knnlm_core.datastore.ledger import LedgerState, LedgerWriter, SegmentRecord, check_document_ids, writing
-from knnlm_core.datastore.ledger_file import Revision, require_format
-from knnlm_core.datastore.manifest import ContextSection, Count, FileRecord, LMSection, read_json, validate
+from knnlm_core.datastore.ledger_file import Revision
+from knnlm_core.datastore.manifest import (
+    ContextSection,
+    Count,
+    FileRecord,
+    LMSection,
+    read_json,
+    require_format,
+    validate,
+)
 from knnlm_core.datastore.writer import ShardWriter
 from knnlm_core.durable import sync_folder, write_text
 from knnlm_core.errors import (

@@ -10,11 +10,8 @@ import torch
 from knnlm_builder.stages.plan import Plan
 from knnlm_core.datastore.canaries import self_test
 from knnlm_core.datastore.reader import Datastore
-from knnlm_core.datastore.recall import self_recall
+from knnlm_core.datastore.recall import SELF_QUERIES, check_self_recall
 from knnlm_core.errors import DatastoreCorrupt, VerifyFailed
-
-SELF_QUERIES = 256
-MIN_SELF_RECALL = 0.99
 
 
 class SelfCheck(NamedTuple):
@@ -37,9 +34,7 @@ def verify(datastore: Datastore, plan: Plan, *, nprobe: int, seed: int) -> SelfC
         )
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randperm(datastore.entries, generator=generator)[:SELF_QUERIES]
-    share = self_recall(datastore, ids, nprobe=nprobe or None)
-    if share < MIN_SELF_RECALL:
-        raise VerifyFailed(f"self-recall is {share:.4f}, at least {MIN_SELF_RECALL} is needed")
+    share = check_self_recall(datastore, ids, nprobe=nprobe or None)
     for document in plan.documents[:: max(1, len(plan.documents) // 8)]:
         if not document.num_entries:
             continue

@@ -16,7 +16,6 @@ from knnlm_core.errors import KnnlmError
 from knnlm_server.api.datastore_card import render_card
 from knnlm_server.api.errors import error_event
 from knnlm_server.api.sse import DONE, sse, sse_response
-from knnlm_server.registry.progress import Stage
 from knnlm_server.registry.registry import Loaded
 
 logger = logging.getLogger(__name__)
@@ -56,7 +55,7 @@ class _Teller:
         self._tell = tell
         self._told_s = 0.0
 
-    def __call__(self, stage: Stage, done: int, total: int) -> None:
+    def __call__(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
         if 0 < done < total and now - self._told_s < TELL_EVERY_S:
             return

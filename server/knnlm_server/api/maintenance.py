@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from fastapi import APIRouter, Request
@@ -22,7 +21,6 @@ from knnlm_server.api.schemas.documents import MAX_LEARNED_DOCUMENTS
 from knnlm_server.api.schemas.maintenance import PurgeBody, Purged
 from knnlm_server.api.security import AdminRequired, actor_of
 from knnlm_server.api.state import Backend, backend, service
-from knnlm_server.registry.registry import Registry
 from knnlm_server.registry.table import DatastoreStatus
 
 
@@ -84,8 +82,8 @@ async def purge_documents(name: Name, body: PurgeBody, request: Request) -> dict
 
 
 def _compact(state: Backend, given: str, work: _Work) -> DatastoreStatus:
-    registry, root = state.registry, _root(state.registry)
-    name = registry.status(given).name
+    registry = state.registry
+    root, name = registry.home(given)
     with registry.rewriting(name) as reload:
         status = registry.status(name)
         serving, current = status.datastore.version, layout.read_current(root, name).version
@@ -101,8 +99,8 @@ def _compact(state: Backend, given: str, work: _Work) -> DatastoreStatus:
 
 
 def _purge(state: Backend, given: str, document_ids: list[str], work: _Work) -> tuple[PurgeReport, DatastoreStatus]:
-    registry, root = state.registry, _root(state.registry)
-    name = registry.status(given).name
+    registry = state.registry
+    root, name = registry.home(given)
 
     def refresh() -> None:
         with registry.change(name) as change:
@@ -129,8 +127,3 @@ def _purge(state: Backend, given: str, document_ids: list[str], work: _Work) -> 
                 f"the documents are purged from the disk and no search finds them, but what replaces version "
                 f"{status.datastore.version} could not be loaded: {error.message}"
             ) from error
-
-
-def _root(registry: Registry) -> Path:
-    assert registry.root is not None, "a datastore is loaded without a root. This is a bug."
-    return registry.root

@@ -7,7 +7,6 @@ import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -110,15 +109,8 @@ async def _on_disk(request: Request, work: Callable[[], T]) -> T:
     return await asyncio.get_running_loop().run_in_executor(backend(request).threads.maintenance, work)
 
 
-def _home(registry: Registry, given: str) -> tuple[Path, str]:
-    """The root, and the name that a name or alias means."""
-    status = registry.status(given)
-    assert registry.root is not None, "a datastore is loaded without a root. This is a bug."
-    return registry.root, status.name
-
-
 def _versions(registry: Registry, given: str) -> list[dict[str, Any]]:
-    root, name = _home(registry, given)
+    root, name = registry.home(given)
     serving, current = registry.status(name).datastore.version, layout.read_current(root, name).version
     return [
         {**facts._asdict(), "current": facts.version == current, "serving": facts.version == serving}
@@ -127,7 +119,7 @@ def _versions(registry: Registry, given: str) -> list[dict[str, Any]]:
 
 
 def _verified(registry: Registry, given: str, version: str | None) -> dict[str, Any]:
-    root, name = _home(registry, given)
+    root, name = registry.home(given)
     found = verify(root, name, version)
     return {
         "object": "datastore.verification",
@@ -149,7 +141,7 @@ def _verified(registry: Registry, given: str, version: str | None) -> dict[str, 
 
 
 def _difference(registry: Registry, given: str, a: str, b: str) -> dict[str, Any]:
-    root, name = _home(registry, given)
+    root, name = registry.home(given)
     found = diff(root, name, layout.check_digest("a", a), layout.check_digest("b", b))
     documents = {"added": found.added, "removed": found.removed, "changed": found.changed}
     return {

@@ -41,7 +41,7 @@ class Livings:
                 living, users = self._shared[name]
                 self._shared[name] = (living, users + 1)
                 return living
-        living = LivingName.open(self._root, name)
+        living = LivingName(self._root, name)
         with self._lock:
             assert name not in self._shared, f"{name!r} was opened twice at once. This is a bug."
             self._shared[name] = (living, 1)

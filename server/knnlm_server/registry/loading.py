@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 from knnlm_core.datastore.canaries import SelfTest, self_test
 from knnlm_core.datastore.checksums import is_verified, remember_verified, verify_files
+from knnlm_core.datastore.maintenance.stages import StageProgress, counted
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.errors import DatastoreCorrupt
 from knnlm_core.types import LMIdentity
 from knnlm_server.registry.budget import Budget
-from knnlm_server.registry.progress import Counted, Report, Stage
+from knnlm_server.registry.progress import Stage
 from knnlm_server.registry.warming import files_to_warm, warm
 
 LATER_QUERIES = 8  # canaries asked of a version that has passed with all of them
@@ -45,7 +46,7 @@ class Loader:
         self._verified = verified
         self._tested: set[Path] = set()
 
-    def prepare(self, name: str, version: str | None, report: Report) -> Prepared:
+    def prepare(self, name: str, version: str | None, report: StageProgress) -> Prepared:
         """Open a version and do whatever can be done before it serves.
 
         Raises:
@@ -72,15 +73,15 @@ class Loader:
         datastore.close()
         self._budget.give_back(datastore.num_bytes)
 
-    def _examine(self, datastore: Datastore, report: Report) -> SelfTest:
+    def _examine(self, datastore: Datastore, report: StageProgress) -> SelfTest:
         folder, manifest = datastore.folder, datastore.manifest
         known = folder in self._tested
         if self._verified is not None:
             known = is_verified(folder, manifest, self._verified)
             if not known:
-                verify_files(folder, manifest, Counted(report, Stage.VERIFY, manifest.num_bytes))
+                verify_files(folder, manifest, counted(report, Stage.VERIFY, manifest.num_bytes))
         files = files_to_warm(manifest)
-        warmed = Counted(report, Stage.WARM, sum(manifest.files[file].bytes for file in files))
+        warmed = counted(report, Stage.WARM, sum(manifest.files[file].bytes for file in files))
         for file in files:
             warm(folder / file, warmed)
         report(Stage.TEST, 0, 1)

@@ -21,13 +21,14 @@ from typing import NamedTuple
 
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.living import LivingName
+from knnlm_core.datastore.maintenance.stages import StageProgress, silent
 from knnlm_core.datastore.snapshot import Snapshot
 from knnlm_core.errors import DatastoreNotFound, KnnlmError
 from knnlm_core.types import LMIdentity
 from knnlm_server.registry.budget import Budget
 from knnlm_server.registry.config import RegistryConfig
 from knnlm_server.registry.generation import Lease
-from knnlm_server.registry.progress import Report, Stage, ignore
+from knnlm_server.registry.progress import Stage
 from knnlm_server.registry.serving import AS_THEY_ARE, Labels, Serving, check_aliases
 from knnlm_server.registry.swaps import Swaps
 from knnlm_server.registry.table import DatastoreStatus
@@ -122,6 +123,12 @@ class Registry:
         """All loaded names, sorted."""
         return self._table.statuses()
 
+    def home(self, name: str) -> tuple[Path, str]:
+        """The root, and the name that a loaded name or alias means. Raises DatastoreNotFound: not loaded."""
+        meant = self.status(name).name
+        assert self.root is not None, "a datastore is loaded without a root. This is a bug."
+        return self.root, meant
+
     def lease(self, name: str, param: str | None = None) -> Lease:
         """Pin what the name means now.
 
@@ -140,7 +147,7 @@ class Registry:
     # -- what a name means ---------------------------------------------------------------------------------------------
 
     def load(
-        self, name: str, version: str | None = None, *, labels: Labels = AS_THEY_ARE, report: Report = ignore
+        self, name: str, version: str | None = None, *, labels: Labels = AS_THEY_ARE, report: StageProgress = silent
     ) -> Loaded:
         """Load a published version, or swap the name to it; a failure leaves everything as it was.
 
@@ -163,7 +170,7 @@ class Registry:
                 check_aliases(labels.aliases, {*self.serving.names, *self.published(), name})
             return self._load(name, version, labels, report)
 
-    def roll_back(self, name: str, *, report: Report = ignore) -> Loaded:
+    def roll_back(self, name: str, *, report: StageProgress = silent) -> Loaded:
         """Swap a name to the version that served before; it stays there until it is loaded anew.
 
         Raises:
@@ -197,7 +204,7 @@ class Registry:
         """
         name = self._check_name(name)
         with self._turn(name):
-            yield lambda version: self._load(name, version, AS_THEY_ARE, ignore)
+            yield lambda version: self._load(name, version, AS_THEY_ARE, silent)
 
     def relabel(self, serving: Serving) -> None:
         """Replace aliases and default, for a server that starts."""
@@ -260,7 +267,7 @@ class Registry:
             raise DatastoreNotFound(f"datastore {name!r} cannot be loaded: the server was started without --datastores")
         return layout.check_name(self.resolve(name))
 
-    def _load(self, name: str, version: str | None, labels: Labels, report: Report) -> Loaded:
+    def _load(self, name: str, version: str | None, labels: Labels, report: StageProgress) -> Loaded:
         started = time.monotonic()
         try:
             status, swapped = self._swaps.load(name, version, labels, self._unless_closing(report))
@@ -277,8 +284,8 @@ class Registry:
         report(Stage.SWAP, 1, 1)
         return Loaded(status, created=not swapped)
 
-    def _unless_closing(self, report: Report) -> Report:
-        def checked(stage: Stage, done: int, total: int) -> None:
+    def _unless_closing(self, report: StageProgress) -> StageProgress:
+        def checked(stage: str, done: int, total: int) -> None:
             self._swaps.require_open()
             report(stage, done, total)
 

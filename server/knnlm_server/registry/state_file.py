@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from knnlm_core.durable import write_text
+from knnlm_core.durable import try_lock, write_text
 from knnlm_core.errors import DatastoreCorrupt
 from knnlm_server.registry.serving import Serving
 
@@ -75,10 +74,13 @@ class StateFile:
         except OSError as error:
             return str(error)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = try_lock(descriptor)
         except OSError as error:
             os.close(descriptor)
-            return "another server uses it" if isinstance(error, BlockingIOError) else str(error)
+            return str(error)
+        if not is_ours:
+            os.close(descriptor)
+            return "another server uses it"
         self._lock = descriptor
         return None
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from knnlm_core.datastore.living import LivingName
+from knnlm_core.datastore.maintenance.stages import StageProgress
 from knnlm_core.errors import DatastoreBusy, ShuttingDown
 from knnlm_core.types import LMIdentity
 from knnlm_server.registry.budget import Budget
@@ -18,7 +19,7 @@ from knnlm_server.registry.config import RegistryConfig
 from knnlm_server.registry.generation import Generation
 from knnlm_server.registry.livings import Livings
 from knnlm_server.registry.loading import Loader, Prepared
-from knnlm_server.registry.progress import Report, Stage
+from knnlm_server.registry.progress import Stage
 from knnlm_server.registry.retention import Retention
 from knnlm_server.registry.serving import Labels, Serving
 from knnlm_server.registry.state_file import StateFile
@@ -46,7 +47,9 @@ class Swaps:
         self._is_closed = False
         self._postponed: set[str] = set()  # names whose retention waits for the end of a turn
 
-    def load(self, name: str, version: str | None, labels: Labels, report: Report) -> tuple[DatastoreStatus, bool]:
+    def load(
+        self, name: str, version: str | None, labels: Labels, report: StageProgress
+    ) -> tuple[DatastoreStatus, bool]:
         """Prepare a version and retarget its name; returns the status, and whether the name was loaded before.
 
         Raises: as `Registry.load`; then everything is as it was.

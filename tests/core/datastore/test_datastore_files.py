@@ -449,7 +449,6 @@ def test_file_descriptors_do_not_leak(tmp_path: Path, version_folder: Path) -> N
         with Datastore.open(tmp_path, "law") as store:
             store.search(torch.zeros(1, 6), 3)
             store.document("doc/0")
-            store.prefetch()
 
     cycle()
     before = len(os.listdir("/proc/self/fd"))

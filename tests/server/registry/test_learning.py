@@ -127,7 +127,7 @@ def test_what_another_process_did_is_seen_after_a_refresh(registry: Registry, st
     registry.load("law")
     assert not registry.refresh("law")
     with Datastore.open(stores.root, "law") as datastore:
-        other = LivingName.open(stores.root, "law")
+        other = LivingName(stores.root, "law")
         other.add([new_document("elsewhere")], other.snapshot(datastore))
         other.delete(["doc/1"])
     lease = registry.lease("law")

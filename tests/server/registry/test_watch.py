@@ -142,7 +142,7 @@ def test_what_other_processes_learn_is_shown_whether_or_not_the_name_follows(
 ) -> None:
     registry.load("law", stores.law[1])
     with Datastore.open(stores.root, "law") as datastore:
-        other = LivingName.open(stores.root, "law")
+        other = LivingName(stores.root, "law")
         other.add([new_document("elsewhere")], other.snapshot(datastore))
     watcher.look()
     assert registry.status("law").datastore.has_document("elsewhere")

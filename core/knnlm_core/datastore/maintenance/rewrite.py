@@ -25,11 +25,9 @@ from knnlm_core.datastore.maintenance.copies import Keep, Source, entries_in
 from knnlm_core.datastore.maintenance.removal import remove_doomed
 from knnlm_core.datastore.maintenance.rewrite_content import copy_documents, copy_entries
 from knnlm_core.datastore.maintenance.rewrite_index import (
-    SELF_QUERIES,
     TRAINED_ENTRIES,
     ChosenIndex,
     build_index,
-    check_self_recall,
     choose,
     pass_gate,
     some_entries,
@@ -38,6 +36,7 @@ from knnlm_core.datastore.maintenance.stages import StageProgress, counted, sile
 from knnlm_core.datastore.manifest import DocumentsSection, FileRecord, Manifest, version_of
 from knnlm_core.datastore.publish import place
 from knnlm_core.datastore.reader import Datastore
+from knnlm_core.datastore.recall import SELF_QUERIES, check_self_recall
 from knnlm_core.datastore.segments import open_segment
 from knnlm_core.durable import write_text
 from knnlm_core.errors import DatastoreConflict
@@ -207,7 +206,7 @@ def _finish(folder: Path, manifest: Manifest, canaries: Canaries | None, progres
             "recall_queries": len(queries),
             "recall_queries_from": "stored keys" if canaries is None else "canaries",
             RECORDED_RECALL: gate.recall_at_32,
-            "self_recall": check_self_recall(store, tested, gate.nprobe),
+            "self_recall": check_self_recall(store, tested, nprobe=gate.nprobe or None),
             "self_queries": len(tested),
         }
     files = manifest.files

@@ -16,16 +16,13 @@ from knnlm_core.datastore.index import build_shard_index, choose_index, train_in
 from knnlm_core.datastore.maintenance.stages import StageProgress, counted
 from knnlm_core.datastore.manifest import IndexSpec, Manifest, ShardSection
 from knnlm_core.datastore.reader import Datastore
-from knnlm_core.datastore.recall import row_recall, self_recall
+from knnlm_core.datastore.recall import row_recall
 from knnlm_core.durable import part_of, replace_file
-from knnlm_core.errors import VerifyFailed
 from knnlm_core.types import Neighbors
 
 TRAINED_ENTRIES = "trained_entries"  # in the manifest's `build`: how large the version was that the lists are from
 LEAST_KEPT, MOST_KEPT = 0.80, 1.25  # of those entries; lists fit a store of about the size that they were made for
 MIN_RECALL_AT_32 = 0.95
-MIN_SELF_RECALL = 0.99
-SELF_QUERIES = 256
 _DEFAULT_K = 1024
 
 
@@ -94,14 +91,6 @@ def pass_gate(store: Datastore, queries: Tensor, progress: StageProgress) -> Gat
             advance(len(queries))
             return Gate(nprobe, recall, exact)
         nprobe = min(2 * nprobe, nlist)
-
-
-def check_self_recall(store: Datastore, ids: Tensor, nprobe: int) -> float:
-    """As `self_recall`. Raises VerifyFailed: too few."""
-    share = self_recall(store, ids, nprobe=nprobe or None)
-    if share < MIN_SELF_RECALL:
-        raise VerifyFailed(f"self-recall of the rewritten version is {share:.4f}, at least {MIN_SELF_RECALL} is needed")
-    return share
 
 
 def some_entries(entries: int, count: int, seed: int) -> Tensor:
