@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 from live_server import LiveServer
 
 from knnlm_core.datastore.layout import published_versions
@@ -22,6 +23,7 @@ from knnlm_server.settings import ServerSettings
 HERE = Path(__file__).parent
 API_KEY, ADMIN_KEY = "user-key", "admin-key"
 KEEP_EVERY_S = 0.2
+DOCUMENT = "fuzzed"  # learned by every name
 
 
 def fuzzed_settings(model: Path, root: Path) -> ServerSettings:
@@ -45,12 +47,17 @@ def fuzzed_settings(model: Path, root: Path) -> ServerSettings:
 
 @contextmanager
 def kept_loaded(server: LiveServer) -> Iterator[None]:
-    """Load again what the requests have unloaded, and every version once: the cases that follow need it."""
+    """Load again what the requests have unloaded, every version once, and learn: the cases that follow need it."""
     done, root = threading.Event(), server.service.settings.datastores
     assert root is not None
     for name in server.backend.registry.published():
         for version in (*published_versions(root, name), None):  # rollbacks need another one before
             server.backend.registry.load(name, version)
+        learn = {"documents": [{"id": DOCUMENT, "text": "The court must keep half of the rent."}], "update": True}
+        answer = httpx.post(
+            f"{server.url}/v1/datastores/{name}/documents", json=learn, headers={"Authorization": f"Bearer {ADMIN_KEY}"}
+        )
+        assert answer.is_success, answer.text
 
     def keep() -> None:
         registry = server.backend.registry
@@ -85,7 +92,9 @@ def fuzz(server: LiveServer, folder: Path, *, max_examples: int, seed: int) -> O
         folder: for what schemathesis leaves behind.
         max_examples: cases per route of the fuzzing phase; the others add as many as the schema has corners.
     """
-    counts = folder / "counts.json"
+    counts, root = folder / "counts.json", server.service.settings.datastores
+    assert root is not None
+    versions = {name: published_versions(root, name) for name in server.backend.registry.published()}
     command = [
         *(sys.executable, "-m", "schemathesis.cli", "--config-file", str(HERE / "schemathesis.toml")),
         *("run", f"{server.url}/openapi.json", "--max-examples", str(max_examples), "--seed", str(seed)),
@@ -98,6 +107,8 @@ def fuzz(server: LiveServer, folder: Path, *, max_examples: int, seed: int) -> O
         "FUZZ_COUNTS": str(counts),
         "FUZZ_API_KEY": API_KEY,
         "FUZZ_ADMIN_KEY": ADMIN_KEY,
+        "FUZZ_DOCUMENT": DOCUMENT,
+        "FUZZ_VERSIONS": json.dumps(versions),
     }
     with kept_loaded(server):
         done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)

@@ -92,15 +92,24 @@ if "FUZZ_COUNTS" in os.environ:
     atexit.register(lambda: counts.write(Path(os.environ["FUZZ_COUNTS"])))
 
 
+PUBLISHED: dict[str, list[str]] = json.loads(os.environ.get("FUZZ_VERSIONS", "{}"))
+FUZZ_DOCUMENT = os.environ.get("FUZZ_DOCUMENT", "")
 _turns = itertools.count()
 
 
 @schemathesis.hook
 def before_call(context: Any, case: schemathesis.Case, kwargs: dict[str, Any]) -> None:
-    """Make fields agree in every other good body in which they do not, or hardly any would get further than that."""
-    body = case.body
-    if not isinstance(body, dict) or case.meta is None or not case.meta.generation.mode.is_positive:
+    """Let every other good request name what exists, and its fields agree: hardly any would get further than that."""
+    if case.meta is None or not case.meta.generation.mode.is_positive:
         return
+    if case.path.endswith("/diff") and case.path_parameters["name"] in PUBLISHED and next(_turns) % 2:
+        versions = PUBLISHED[case.path_parameters["name"]]
+        case.query.update(a=versions[0], b=versions[-1])
+    body = case.body
+    if not isinstance(body, dict):
+        return
+    if case.path.endswith("/purge") and next(_turns) % 2:
+        body["documents"] = [FUZZ_DOCUMENT]
     if isinstance(body.get("stream_options"), dict) and not body.get("stream") and next(_turns) % 2:
         body["stream"] = True
     if body.get("prompt") is not None and body.get("messages") is not None and next(_turns) % 2:

@@ -518,10 +518,6 @@ BAD_OTHERS: dict[str, tuple[Operation, type[kc.APIError], int, str, str | None, 
         lambda client: client.datastores.load("absent"),
         kc.DatastoreNotFound, 404, "datastore_not_found", None, "absent",
     ),
-    "name a datastore like a path": (
-        lambda client: client.datastores.get("law/../news"),
-        kc.NotFound, 404, "route_not_found", None, "Not Found",
-    ),
 }  # fmt: skip
 
 

@@ -203,7 +203,7 @@ def test_an_export_that_the_server_cannot_finish_has_failed(
         return document_line(document)
 
     monkeypatch.setattr("knnlm_server.api.versions.document_line", document_line_that_fails)
-    with pytest.raises(kc.ConnectionFailed):
+    with pytest.raises(kc.DatastoreCorrupt, match="the last document cannot be read"):
         exported(caller)
     assert sent == whole
 
