@@ -28,6 +28,7 @@ from knnlm_core.datastore.canaries import RECORDED_RECALL, write_canaries
 from knnlm_core.datastore.checksums import hash_file, record_files
 from knnlm_core.datastore.documents import Document, DocumentsWriter
 from knnlm_core.datastore.index import choose_index
+from knnlm_core.datastore.ledger_file import read_ledger
 from knnlm_core.datastore.manifest import (
     ContextSection,
     DocumentsSection,
@@ -77,7 +78,8 @@ def build_with(lm: HuggingFaceLM, settings: BuildSettings, reporter: Reporter) -
     windowing = settings.windowing(lm.max_length)
     home = layout.name_folder(settings.output, settings.name)
     with exclusive(home) as plan_folder:
-        plan = make_plan(settings, windowing, lm.tokenizer, plan_folder, reporter)
+        dead = read_ledger(settings.output, settings.name).killed
+        plan = make_plan(settings, windowing, lm.tokenizer, plan_folder, reporter, dead=dead)
         _say_plan(plan, reporter)
         inputs = _inputs(plan, lm, settings)
         version = version_of(inputs)
@@ -270,6 +272,8 @@ def _say_plan(plan: Plan, reporter: Reporter) -> None:
         )
     held_out = sum(document.num_tokens for document in plan.held_out)
     reporter.say(plan.stats.summary())
+    if plan.left_out:
+        reporter.say(f"Left out: {plan.left_out:,} documents that were deleted or learned while serving")
     reporter.say(
         f"Store: {len(plan.documents):,} documents, {plan.num_entries:,} entries. Held out: {len(plan.held_out):,} "
         f"{plan.held_out_unit}, {held_out:,} tokens; {plan.near_duplicates} near-duplicates of the store kept out"

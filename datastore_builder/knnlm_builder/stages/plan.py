@@ -83,6 +83,7 @@ class Plan:
         documents: those of the store, in the order of their entries.
         held_out_unit: ``documents``, or ``tails`` for a corpus of few documents.
         near_duplicates: held-out candidates that went into the store.
+        left_out: documents of the corpus whose copy nobody could ever find, see `make_plan`.
         windowing: how documents are cut.
     """
 
@@ -92,6 +93,7 @@ class Plan:
     held_out: Sequence[PlannedDocument]
     held_out_unit: str
     near_duplicates: int
+    left_out: int
     stats: CorpusStats
 
     @property
@@ -135,7 +137,13 @@ class Plan:
 
 
 def make_plan(
-    settings: BuildSettings, windowing: WindowSizes, tokenizer: Tokenizer, folder: Path, reporter: Reporter
+    settings: BuildSettings,
+    windowing: WindowSizes,
+    tokenizer: Tokenizer,
+    folder: Path,
+    reporter: Reporter,
+    *,
+    dead: Collection[str] = frozenset(),
 ) -> Plan:
     """Read, tokenise and split the corpus.
 
@@ -143,6 +151,10 @@ def make_plan(
     number; those that the store nearly contains go into the store after all. Where whole documents are too coarse (too
     little is held out, or more than is left) the tails of all documents are held out instead. Entries are in the order
     in which documents were read.
+
+    Args:
+        dead: ids that were deleted or learned while serving: no copy in this version would be found, so that none is
+            written, least of all of what was purged.
 
     Raises: CorpusError: of any kind, from reading; EmptyCorpus when no token has a context.
     """
@@ -153,12 +165,16 @@ def make_plan(
     room = settings.max_tokens
     num_candidate_tokens = 0
     turned_away = False
+    left_out = 0
     # Whole documents seldom fill what may be held out to the last token.
     enough = min(MIN_HELD_OUT_TOKENS, settings.held_out_max_tokens // 2)
     # A corpus that is cut short still gives the held-out share of what it fills.
     share = min(settings.held_out_max_tokens, int(settings.held_out_fraction * (settings.max_tokens or 0)))
     with reporter.stage("Read and tokenise", None, "tokens") as advance, _Spool(folder) as spool:
         for source in read_documents(settings.inputs, stats=stats):
+            if source.id in dead:
+                left_out += 1
+                continue
             document = spool.add(source, tokenizer)
             advance(document.num_tokens)
             documents.append(document)
@@ -171,9 +187,10 @@ def make_plan(
                 room = room if room == 0 else _append(store, [document], room, spool)
             if room == 0 and num_candidate_tokens >= (enough if turned_away else max(enough, share)):
                 break
-    plan = Plan(folder, windowing, store, [], "documents", 0, stats)
+    plan = Plan(folder, windowing, store, [], "documents", 0, left_out, stats)
     if not any(document.num_entries for document in documents):
-        raise EmptyCorpus("the inputs hold fewer than 2 tokens, so no token has a context")
+        besides = f" besides {left_out} documents that were deleted or learned while serving" if left_out else ""
+        raise EmptyCorpus(f"the inputs hold fewer than 2 tokens{besides}, so no token has a context")
     held_out, returned = _without_near_duplicates(plan, candidates)
     _append(store, returned, room, plan)
     store.sort(key=lambda document: document.first_token)
