@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-WITH_DATA = ("reference_protocol", "strided_protocol", "lm_eval_agreement", "scoring")
+WITH_DATA = ("reference_protocol", "strided_protocol", "lm_eval_agreement", "scoring", "swaps")
 # streams last: it uses the store that strided_protocol leaves
-WITHOUT_DATA = ("encode_overhead", "prefix_cache", "streams")
+WITHOUT_DATA = ("encode_overhead", "prefix_cache", "swap_size", "streams")
 
 
 def main() -> None:

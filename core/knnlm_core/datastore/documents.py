@@ -162,6 +162,9 @@ def read_ids(path: Path) -> list[str]:
 class DocumentTable:
     """The documents of an open version: ids and entry ranges in memory, texts read when asked for. Thread-safe.
 
+    Attributes:
+        starts: ascending, the entries with which a document begins.
+
     Args:   keep_open: hold the file's descriptor, for tables of which there are few; else it is opened for each text.
     Raises: DatastoreCorrupt: not the table that the manifest describes.
     """
@@ -190,8 +193,7 @@ class DocumentTable:
         if not keep_open:
             file.close()
         self._entries = entries
-        # Where a document with entries begins: what stops `next_entry`.
-        self._starts = np.unique(self._first_entries)
+        self.starts = np.unique(self._first_entries[self._first_entries < entries])
 
     def _check_entries(self, entries: int) -> npt.NDArray[np.int64]:
         first = self._table["first_entry"].to_numpy()
@@ -235,8 +237,8 @@ class DocumentTable:
     def next_entry(self, entry_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The entry that follows each one in its document; −1 after the last, and for −1."""
         following = entry_ids + 1
-        at = np.searchsorted(self._starts, following)
-        starts_document = self._starts[np.minimum(at, len(self._starts) - 1)] == following
+        at = np.searchsorted(self.starts, following)
+        starts_document = self.starts[np.minimum(at, len(self.starts) - 1)] == following
         return np.where((entry_ids < 0) | starts_document | (following >= self._entries), -1, following)
 
     def locate(self, entry_ids: npt.NDArray[np.int64]) -> list[tuple[dict[str, Any], int]]:

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
+import numpy as np
+import numpy.typing as npt
+
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.calibration import Calibration, find_calibration, read_calibration
 from knnlm_core.datastore.checksums import Progress, check_sizes, verify_files, verify_once
@@ -101,6 +104,11 @@ class Datastore(Entries):
         if layout.HELD_OUT in self.manifest.files:
             yield from read_documents(self.folder / layout.HELD_OUT)
 
+    def tokens(self) -> DocumentTokens:
+        """The values of all entries, document after document."""
+        values = np.concatenate([part.shard.columns.values for part in self._parts()])
+        return DocumentTokens(values.astype(np.int64), self._tables[0].documents.starts)
+
     def close(self) -> None:
         """Unmap everything; searches under way end normally, later ones fail. Closing again does nothing."""
         self._mapped = ()
@@ -122,6 +130,13 @@ class Datastore(Entries):
 
     def _is_deleted(self, document_id: str, revision: int) -> bool:
         return False
+
+
+class DocumentTokens(NamedTuple):
+    """Tokens of documents, one after the other."""
+
+    values: npt.NDArray[np.int64]  # (N,)
+    starts: npt.NDArray[np.int64]  # ascending, where each document begins
 
 
 class PublishedVersion(NamedTuple):
