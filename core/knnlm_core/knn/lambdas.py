@@ -53,7 +53,7 @@ class Bucketed:
 
     def __call__(self, neighbors: Neighbors, log_weights: Tensor, signals: LMSignals) -> Tensor:
         """See `LambdaRule`."""
-        return self.lmbdas[torch.bucketize(neighbors.distances[:, 0], self.edges)]
+        return self.lmbdas[torch.bucketize(neighbors.distances[:, 0].contiguous(), self.edges)]
 
 
 @dataclass(frozen=True, slots=True)
