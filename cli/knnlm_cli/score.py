@@ -59,6 +59,7 @@ def score(
     temperature: Annotated[float | None, _option("temperature")] = None,
     lmbda: Annotated[float | None, _option("lmbda")] = None,
     gate: Annotated[str | None, _option("gate")] = None,
+    gate_threshold: Annotated[float | None, _option("gate_threshold")] = None,
     url: Annotated[str | None, _option("url")] = None,
     api_key: Annotated[str | None, _option("api_key", envvar="KNNLM_API_KEY")] = None,
     dtype: Annotated[str | None, _option("dtype")] = None,

@@ -174,7 +174,9 @@ def _retrieval(datastore: Snapshot, settings: Mapping[str, Setting], excluded: S
         lmbda=float(settings["lambda"].value),
         exclude=merge_ranges(datastore.document_entries(document_id) for document_id in excluded),
     )
-    retrieval = Retrieval((source,), gate=parse_gate(str(settings["gate"].value)))
+    threshold = settings.get("gate_threshold")
+    gate = parse_gate(str(settings["gate"].value), float(threshold.value) if threshold is not None else None)
+    retrieval = Retrieval((source,)).gated(gate)
     retrieval.check()
     return retrieval
 

@@ -11,7 +11,17 @@ from knnlm_core.errors import InvalidParameter
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 _OFFLINE_ONLY = ("dtype", "device", "threads")
-_NEED_DATASTORE = ("k", "temperature", "lmbda", "gate", "exclude_self", "overlap", "exclude_documents", "plot")
+_NEED_DATASTORE = (
+    "k",
+    "temperature",
+    "lmbda",
+    "gate",
+    "gate_threshold",
+    "exclude_self",
+    "overlap",
+    "exclude_documents",
+    "plot",
+)
 
 
 class ScoreSettings(BaseModel):
@@ -42,7 +52,10 @@ class ScoreSettings(BaseModel):
     k: int | None = Field(default=None, description="Neighbours per token.")
     temperature: float | None = Field(default=None, description="τ: divides squared distances.")
     lmbda: float | None = Field(default=None, description="λ: weight of p_knn, 0 … 1.")
-    gate: str | None = Field(default=None, description="When to search: always or never.")
+    gate: str | None = Field(default=None, description="When to search: always, never, every_n or confidence.")
+    gate_threshold: float | None = Field(
+        default=None, description="Of the gates every_n (n) and confidence (a probability)."
+    )
     exclude_documents: tuple[str, ...] = Field(
         default=(), description="Id of a document of the datastore that must not be found; may be repeated."
     )
@@ -85,7 +98,13 @@ class ScoreSettings(BaseModel):
 
     def knn_given(self) -> dict[str, int | float | str]:
         """The retrieval settings of the command line, named as in JSON."""
-        named = {"k": self.k, "temperature": self.temperature, "lambda": self.lmbda, "gate": self.gate}
+        named = {
+            "k": self.k,
+            "temperature": self.temperature,
+            "lambda": self.lmbda,
+            "gate": self.gate,
+            "gate_threshold": self.gate_threshold,
+        }
         return {name: value for name, value in named.items() if value is not None}
 
 

@@ -12,7 +12,7 @@ from knnlm_core.windows import settle_windows
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
-RETRIEVAL = ("k", "temperature", "lambda", "gate")
+RETRIEVAL = ("k", "temperature", "lambda", "gate", "gate_threshold")
 
 
 class Setting(NamedTuple):
@@ -29,7 +29,7 @@ class Used:
     Attributes:
         datastore, version: None for the LM alone.
         calibration: id of the calibration beside the version, if there is one.
-        retrieval: k, temperature, lambda and gate; empty for the LM alone.
+        retrieval: k, temperature, lambda, gate and its threshold; empty for the LM alone.
         windows: window and stride, in tokens.
     """
 
@@ -66,6 +66,8 @@ def choose_retrieval(settings: ScoreSettings, name: str, calibration: Mapping[st
     for field in RETRIEVAL:
         if field in given:
             found[field] = Setting(given[field], COMMAND_LINE)
+        elif field == "gate_threshold":  # not all gates have one
+            continue
         elif calibration is not None:
             found[field] = Setting(calibration[field], f"calibration {calibration['id']}")
         elif field == "gate":

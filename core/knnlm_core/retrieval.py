@@ -11,7 +11,8 @@ from torch import Tensor
 
 from knnlm_core.errors import InvalidKnnParams, InvalidParameter
 from knnlm_core.knn.fusion import Fusion
-from knnlm_core.knn.gates import Gate
+from knnlm_core.knn.gates import ALWAYS, Gate
+from knnlm_core.knn.lambdas import LambdaRule
 from knnlm_core.types import EntryRange, Neighbors
 
 MAX_K = 4096
@@ -41,6 +42,8 @@ class Source:
         lmbda: λ in [0, 1], weight of the store's p_knn where it is the only one.
         exclude: entries that must not be found, such as those of the document being scored.
         weight: w > 0; those of a row sum to one.
+        gate: when to search it.
+        lambda_rule: sets λ row by row, in place of ``lmbda``; not where neighbours of several stores are merged.
     """
 
     datastore: Searchable
@@ -49,6 +52,8 @@ class Source:
     lmbda: float
     exclude: tuple[EntryRange, ...] = ()
     weight: float = 1.0
+    gate: Gate = ALWAYS
+    lambda_rule: LambdaRule | None = None
 
     def check(self) -> None:
         """Raises InvalidKnnParams: naming the field, its limits and its value."""
@@ -71,12 +76,10 @@ class Retrieval:
 
     Attributes:
         sources: 1 … MAX_SOURCES; their order is that of `Found.sources`.
-        gate: when to search.
         fusion: how several sources become one p_knn; for `Fusion.NEIGHBORS` they share one τ and one λ.
     """
 
     sources: tuple[Source, ...]
-    gate: Gate = Gate.ALWAYS
     fusion: Fusion = Fusion.DISTRIBUTIONS
 
     @property
@@ -85,17 +88,24 @@ class Retrieval:
         return sum(source.k for source in self.sources)
 
     @property
-    def lmbda(self) -> float:
-        """λ of a row for which every source finds something."""
-        if self.fusion is Fusion.NEIGHBORS:
-            return self.sources[0].lmbda
-        return math.fsum(source.weight * source.lmbda for source in self.sources)
+    def needs_context(self) -> bool:
+        """Whether a gate or a λ looks at more than keys and distances."""
+        return any(source.gate.needs_context or source.lambda_rule is not None for source in self.sources)
+
+    @property
+    def gate_name(self) -> str:
+        """The gates of all sources, each named once."""
+        return "+".join(dict.fromkeys(source.gate.mode.value for source in self.sources))
 
     @property
     def only(self) -> Source:
         """The source of a retrieval that has a single one."""
         (source,) = self.sources
         return source
+
+    def gated(self, gate: Gate) -> Retrieval:
+        """The same, searching each source when ``gate`` says so."""
+        return replace(self, sources=tuple(replace(source, gate=gate) for source in self.sources))
 
     def with_weights(self, weights: Sequence[float]) -> Retrieval:
         """The same sources, weighted otherwise.

@@ -28,6 +28,7 @@ COMPLETION: dict[str, Any] = {
                     "token": " shall",
                     "searched": True,
                     "decision": "search",
+                    "gate_score": 0.5,
                     "lambda": 0.25,
                     "p_lm": 0.5,
                     "p_knn": 0.75,
@@ -197,6 +198,7 @@ SCORE: dict[str, Any] = {
                     "mixed": -3.5,
                     "lambda": 0.25,
                     "decision": "search",
+                    "searched": True,
                     "longest_match": 3,
                     "attribution": TRACE["attribution"],
                 }

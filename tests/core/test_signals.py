@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from knnlm_core.knn.signals import MAX_MARGIN, join_signals, lm_signals
+from knnlm_core.signals import MAX_MARGIN, join_signals, lm_signals
 
 
 def test_signals_are_those_of_a_float64_recomputation() -> None:

@@ -173,4 +173,4 @@ def test_a_long_text_costs_little_more_than_its_scores(lm: HuggingFaceLM) -> Non
     finally:
         tracemalloc.stop()
     assert request.tokens_done > 0
-    assert peak < 16 * count
+    assert peak < 20 * count  # of which 17 are the scores

@@ -39,7 +39,7 @@ class Fused(NamedTuple):
 
     neighbors: Neighbors  # (B, ΣK)
     log_weights: Tensor  # (B, ΣK) float32, of each one's share of p_knn: a row sums to one, or has no neighbour at all
-    lmbda: Tensor  # (B,) float32, weight of p_knn; 0 without neighbours
+    lmbda: Tensor  # (B,) float64, weight of p_knn; 0 without neighbours
     shares: Tensor  # (B, S) float64, of each store's share of p_knn; 0 where it found nothing
 
 
@@ -57,7 +57,7 @@ def fuse(parts: Sequence[Part], merged: Tensor | None = None) -> Fused:
     within = [neighbor_log_weights(part.neighbors, part.knn_temperature) for part in parts]
     found = torch.stack([log_weights.amax(dim=1) > -math.inf for log_weights in within], dim=1)
     if len(parts) == 1:  # as nearly always: nothing to put together
-        lmbda = torch.where(found[:, 0], (parts[0].weight * parts[0].lmbda).float(), 0.0)
+        lmbda = torch.where(found[:, 0], parts[0].weight * parts[0].lmbda, 0.0)
         return Fused(parts[0].neighbors, within[0], lmbda, found.double())
 
     weights = torch.stack([part.weight for part in parts], dim=1).where(found, 0.0)
@@ -72,8 +72,8 @@ def fuse(parts: Sequence[Part], merged: Tensor | None = None) -> Fused:
     log_weights = [part + share[:, None].log().float() for part, share in zip(within, shares.unbind(1), strict=True)]
     columns = zip(*(part.neighbors for part in parts), strict=True)
     neighbors = Neighbors(*(torch.cat(column, dim=1) for column in columns))
-    # float64 until here, so that weights that sum to one make of λ = 1 in all stores exactly 1.
-    return Fused(neighbors, torch.cat(log_weights, dim=1), lmbda.float(), shares)
+    # Weights that sum to one only nearly must not make λ exceed 1.
+    return Fused(neighbors, torch.cat(log_weights, dim=1), lmbda.clamp(max=1.0), shares)
 
 
 def _masses(parts: Sequence[Part], within: Sequence[Tensor], found: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from knnlm_core.knn.signals import LMSignals
+from knnlm_core.signals import LMSignals
 from knnlm_core.types import Neighbors
 
 
@@ -28,12 +28,12 @@ class LambdaMode(StrEnum):
 class LambdaRule(Protocol):
     """λ for rows that have been searched."""
 
-    def __call__(self, neighbors: Neighbors, log_weights: Tensor, signals: LMSignals) -> Tensor:
+    def __call__(self, neighbors: Neighbors, knn_temperature: Tensor, signals: LMSignals) -> Tensor:
         """(B,) float64 in [0, 1]; whatever it says of a row without neighbours is ignored.
 
         Args:
             neighbors: (B, K), nearest first.
-            log_weights: (B, K) of each neighbour's share of p_knn.
+            knn_temperature: τ, (B,).
         """
         ...
 
@@ -51,7 +51,7 @@ class Bucketed:
     edges: Tensor
     lmbdas: Tensor
 
-    def __call__(self, neighbors: Neighbors, log_weights: Tensor, signals: LMSignals) -> Tensor:
+    def __call__(self, neighbors: Neighbors, knn_temperature: Tensor, signals: LMSignals) -> Tensor:
         """See `LambdaRule`."""
         return self.lmbdas[torch.bucketize(neighbors.distances[:, 0].contiguous(), self.edges)]
 
@@ -70,7 +70,7 @@ class Rrc:
     alpha: float
     scale: float
 
-    def __call__(self, neighbors: Neighbors, log_weights: Tensor, signals: LMSignals) -> Tensor:
+    def __call__(self, neighbors: Neighbors, knn_temperature: Tensor, signals: LMSignals) -> Tensor:
         """See `LambdaRule`."""
         present = neighbors.entry_ids >= 0
         farthest = neighbors.distances.masked_fill(~present, 0.0).amax(dim=1).double()

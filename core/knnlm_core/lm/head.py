@@ -8,6 +8,7 @@ shallow twin that shares every parameter; the model itself is never changed.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from knnlm_core.lm.protocol import CausalLM
+from knnlm_core.signals import LMSignals, join_signals, lm_signals
 
 LOGIT_ELEMENTS_PER_CHUNK = 1 << 24  # 64 MiB of float32 logits at a time
 
@@ -53,10 +55,26 @@ def log_probs_of_targets(lm: CausalLM, hidden: Tensor, targets: Tensor) -> Tenso
         targets: (R,) int64 token ids.
     Returns: (R,) float32, natural log.
     """
-    rows = max(1, LOGIT_ELEMENTS_PER_CHUNK // lm.identity.vocab_size)
-    parts = []
-    for start in range(0, len(hidden), rows):
-        logits = lm.logits(hidden[start : start + rows])
-        chosen = logits.gather(1, targets[start : start + rows, None])[:, 0]
-        parts.append(chosen - logits.logsumexp(dim=1))
+    parts = [
+        logits.gather(1, targets[rows, None])[:, 0] - logits.logsumexp(dim=1)
+        for rows, logits in _logits_in_chunks(lm, hidden)
+    ]
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+
+
+@torch.inference_mode()
+def targets_and_signals(lm: CausalLM, hidden: Tensor, targets: Tensor) -> tuple[Tensor, LMSignals]:
+    """`log_probs_of_targets`, and the signals of the same R ≥ 1 predictions."""
+    chosen, signals = [], []
+    for rows, logits in _logits_in_chunks(lm, hidden):
+        log_probs = torch.log_softmax(logits, dim=1)
+        chosen.append(log_probs.gather(1, targets[rows, None])[:, 0])
+        signals.append(lm_signals(log_probs))
+    return torch.cat(chosen), join_signals(signals)
+
+
+def _logits_in_chunks(lm: CausalLM, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    step = max(1, LOGIT_ELEMENTS_PER_CHUNK // lm.identity.vocab_size)
+    for start in range(0, len(hidden), step):
+        rows = slice(start, start + step)
+        yield rows, lm.logits(hidden[rows])

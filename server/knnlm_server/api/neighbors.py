@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request
@@ -13,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from knnlm_core.datastore.documents import Document, EntryLocation
 from knnlm_core.datastore.entries import Entries
 from knnlm_core.errors import DatastoreNotFound, InvalidParameter, PromptTooLong
-from knnlm_core.knn.gates import Gate
+from knnlm_core.knn.gates import ALWAYS
 from knnlm_core.lm.tokenizer import Tokenizer
 from knnlm_core.retrieval import Retrieval
 from knnlm_server.api.disconnect import until_disconnect
@@ -55,7 +54,7 @@ async def _answer(
     if selection.retrieval is None:
         raise InvalidParameter("neighbours need a datastore, and this request names none", param="model")
     contexts = await asyncio.get_running_loop().run_in_executor(backend.threads.reading, _read_contexts, backend, body)
-    retrieval = replace(selection.retrieval, gate=Gate.ALWAYS)
+    retrieval = selection.retrieval.gated(ALWAYS)
     found = await _find(backend, lease, _Plan(request.state.request_id, contexts, retrieval, body.limit))
     results = await lease.in_thread(_render, backend.tokenizer, selection.stores, found, body.context_chars)
     return {

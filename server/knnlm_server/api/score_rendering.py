@@ -138,19 +138,15 @@ class TokenRenderer:
 
     def __init__(self, tokenizer: Tokenizer, retrieval: Retrieval | None) -> None:
         self._tokenizer = tokenizer
-        self._lmbda = retrieval.lmbda if retrieval is not None else 0.0
-        self._decision = retrieval.gate.value if retrieval is not None else "base"
+        self._decision = retrieval.gate_name if retrieval is not None else "base"
 
     def entries(
         self, text: TextToScore, scores: TokenScores, longest_match: NDArray[np.uint8] | None, rows: slice = slice(None)
     ) -> Iterator[dict[str, Any]]:
         """What `per_token` lists of the scored tokens ``rows`` of a text."""
-        ids, base, mixed, lmbda = (
-            column[rows].tolist() for column in (text.token_ids[1:], scores.base, scores.mixed, scores.lmbda)
-        )
+        ids, base, mixed, lmbda, searched = (column[rows].tolist() for column in (text.token_ids[1:], *scores.columns))
         starts = text.starts[1:][rows].tolist() if text.starts is not None else None
         matches = longest_match[rows].tolist() if longest_match is not None else None
-        full = float(np.float32(self._lmbda))
         for i, token_id in enumerate(ids):
             entry = {
                 "id": token_id,
@@ -158,9 +154,9 @@ class TokenRenderer:
                 "offset": None if starts is None else starts[i],
                 "base": json_log_prob(base[i]),
                 "mixed": json_log_prob(mixed[i]),
-                # As it was given, where every datastore found something: float32 would show 0.4 as 0.4000000059604645.
-                "lambda": self._lmbda if lmbda[i] == full else lmbda[i],
+                "lambda": lmbda[i],
                 "decision": self._decision,
+                "searched": searched[i],
             }
             if matches is not None:
                 entry["longest_match"] = matches[i]

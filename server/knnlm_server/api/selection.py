@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from knnlm_core.datastore.entries import Entries
 from knnlm_core.datastore.exclusion import merge_ranges
 from knnlm_core.errors import DocumentNotFound, InvalidParameter, ModelNotFound
-from knnlm_core.knn.gates import Gate, parse_gate
+from knnlm_core.knn.gates import ALWAYS, parse_gate
 from knnlm_core.retrieval import MAX_SOURCES, Retrieval, Source
 from knnlm_core.types import EntryRange
 from knnlm_server.api.schemas.common import MAX_EXCLUDED_DOCUMENTS, KnnBody, WeightedDatastore
@@ -179,7 +179,8 @@ def _retrieval(
         for lease, ranges in zip(leases, excluded, strict=True)
     ]
     # The only gate that a calibration can ask for is always.
-    retrieval = Retrieval(tuple(sources), parse_gate(Gate.ALWAYS if knn.gate is None else knn.gate), knn.fusion)
+    gate = ALWAYS if knn.gate is None else parse_gate(knn.gate, knn.gate_threshold)
+    retrieval = Retrieval(tuple(sources), knn.fusion).gated(gate)
     retrieval.check()
     return retrieval.with_weights([1.0 if store.weight is None else store.weight for store in stores])
 

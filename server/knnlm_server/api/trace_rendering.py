@@ -52,6 +52,7 @@ class TraceRenderer:
             "token": self._tokenizer.token_text(token_id),
             "searched": trace.searched,
             "decision": trace.decision,
+            "gate_score": trace.gate_score,
             "lambda": trace.lmbda,
             "p_lm": trace.p_lm,
             "p_knn": trace.p_knn,

@@ -37,7 +37,8 @@ class TokenTrace:
     """How one token's probability came about."""
 
     searched: bool
-    decision: str  # the gate's, or `base` without a datastore
+    decision: str  # which gate decided, or `base` without a datastore
+    gate_score: float | None  # what it held against its threshold
     lmbda: float
     p_lm: float
     p_knn: float

@@ -110,19 +110,13 @@ def find_neighbors(
     token_ids = by_token.token_ids.gather(1, at)  # (B, U)
     p_lm = lm_log_probs.gather(1, token_ids).double().exp().cpu().numpy()
     p_knn = log_probs.double().exp().cpu().numpy()
-    lmbda = _applied(retrieval, found)[:, None]
+    lmbda = found.lmbda.cpu().numpy()[:, None]
     columns = (token_ids.cpu().numpy(), p_knn, p_lm, lmbda * p_knn + (1 - lmbda) * p_lm)
     nearest = _nearest(found, ranked(found, retrieval.fusion)[:, :limit])
     return [
         ContextNeighbors(nearest[row], NextTokens(*(column[row][p_knn[row] > 0] for column in columns)))
         for row in range(len(contexts))
     ]
-
-
-def _applied(retrieval: Retrieval, found: Found) -> NDArray[np.float64]:
-    """λ of each row (B,), as given where every source has found something."""
-    lmbda = found.lmbda.cpu().numpy()
-    return np.where(lmbda == np.float32(retrieval.lmbda), retrieval.lmbda, lmbda.astype(np.float64))
 
 
 def _nearest(found: Found, order: torch.Tensor) -> list[NearestEntries]:

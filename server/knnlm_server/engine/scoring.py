@@ -14,11 +14,14 @@ from torch import Tensor
 
 from knnlm_core.datastore.exclusion import merge_ranges
 from knnlm_core.errors import KnnlmError
-from knnlm_core.lm.head import log_probs_of_targets
+from knnlm_core.knn.gates import Context, join_contexts, last_tokens
+from knnlm_core.lm.head import log_probs_of_targets, targets_and_signals
 from knnlm_core.lm.protocol import CausalLM
 from knnlm_core.mixture import mix_targets
 from knnlm_core.retrieval import NEIGHBORS_AT_ONCE, Retrieval
+from knnlm_core.signals import LMSignals
 from knnlm_core.types import EntryRange
+from knnlm_core.windows import Window
 from knnlm_server.engine.attribution import Attributions, attribute, join
 from knnlm_server.engine.window_queue import WindowOfText, WindowQueue
 from knnlm_server.engine.window_work import Searches
@@ -34,7 +37,7 @@ class TokenScores(NamedTuple):
 
     base: NDArray[np.float32]
     mixed: NDArray[np.float32]
-    lmbda: NDArray[np.float32]
+    lmbda: NDArray[np.float64]
     searched: NDArray[np.bool_]
     attribution: Attributions | None = None  # where it was asked for
 
@@ -46,8 +49,8 @@ class TokenScores(NamedTuple):
 
 def no_scores(count: int = 0) -> TokenScores:
     """Of ``count`` tokens that are still to be scored."""
-    base, mixed, lmbda = (np.zeros(count, np.float32) for _ in range(3))
-    return TokenScores(base, mixed, lmbda, np.zeros(count, np.bool_))
+    base, mixed = (np.zeros(count, np.float32) for _ in range(2))
+    return TokenScores(base, mixed, np.zeros(count), np.zeros(count, np.bool_))
 
 
 @dataclass(slots=True)
@@ -78,6 +81,7 @@ class _Encoded(NamedTuple):
     keys: Tensor  # (R, D)
     targets: Tensor  # (R,) token ids
     base: Tensor  # (R,) log p_lm of the targets
+    context: Context | None  # where the retrieval looks at it
 
 
 @dataclass(slots=True, eq=False)
@@ -153,16 +157,24 @@ class ScoreRequest:
         rows = lm.encode([ids[:-1].tolist() for ids in cut], [first - 1 for first in firsts])
         known = np.concatenate([ids[first:] for ids, first in zip(cut, firsts, strict=True)])
         targets = torch.from_numpy(known).to(rows.keys.device, torch.long)
-        self._encoded.append(_Encoded(taken, rows.keys, targets, log_probs_of_targets(lm, rows.hidden, targets)))
+        context = None
+        if self.retrieval is not None and self.retrieval.needs_context:
+            base, signals = targets_and_signals(lm, rows.hidden, targets)
+            context = _context(signals, [(self._in_work[index].token_ids, window) for index, window in taken])
+        else:
+            base = log_probs_of_targets(lm, rows.hidden, targets)
+        self._encoded.append(_Encoded(taken, rows.keys, targets, base, context))
         self.tokens_done += len(targets)
 
     def mix(self) -> Searches:
         """Mix what was encoded and report the texts that it completes."""
         taken = [item for part in self._encoded for item in part.taken]
-        keys, targets, base = (torch.cat(column) for column in list(zip(*self._encoded, strict=True))[1:])
+        keys, targets, base = (torch.cat(column) for column in list(zip(*self._encoded, strict=True))[1:4])
+        contexts = [part.context for part in self._encoded if part.context is not None]
+        context = join_contexts(contexts) if contexts else None
         self._encoded.clear()
         retrievals = [self._in_work[index].retrieval for index, w in taken for _ in range(w.num_targets)]
-        scores = _mix(keys, targets, base, retrievals, self.attribute)
+        scores = _mix(keys, targets, base, retrievals, context, self.attribute)
         start = 0
         for index, window in taken:
             work = self._in_work[index]
@@ -175,15 +187,29 @@ class ScoreRequest:
         return Searches(searched, skipped=start - searched if self.retrieval is not None else 0)
 
 
+def _context(signals: LMSignals, windows: Sequence[tuple[NDArray[np.int32], Window]]) -> Context:
+    """What comes before the targets of some windows, given the tokens of their whole texts."""
+    positions = np.concatenate([np.arange(window.first_target, window.end) for _, window in windows])
+    last = [last_tokens(token_ids[: window.end - 1])[window.first_target - 1 :] for token_ids, window in windows]
+    device = signals.entropy.device
+    return Context(signals, torch.from_numpy(positions).to(device), torch.from_numpy(np.concatenate(last)).to(device))
+
+
 def _mix(
-    keys: Tensor, targets: Tensor, base: Tensor, retrievals: Sequence[Retrieval | None], attributed: bool
+    keys: Tensor,
+    targets: Tensor,
+    base: Tensor,
+    retrievals: Sequence[Retrieval | None],
+    context: Context | None,
+    attributed: bool,
 ) -> TokenScores:
     """Scores of known tokens from their rows: (R, D) keys, (R,) targets and their log p_lm, R retrievals."""
     parts, attributions = [], []
     step = NEIGHBORS_AT_ONCE // max((retrieval.k for retrieval in retrievals if retrieval is not None), default=1)
     for start in range(0, len(targets), step):
         here = slice(start, start + step)
-        log_probs, found = mix_targets(base[here], keys[here], targets[here], retrievals[here])
+        known = context.take(here) if context is not None else None
+        log_probs, found = mix_targets(base[here], keys[here], targets[here], retrievals[here], known)
         parts.append((log_probs, found.lmbda, found.searched))
         if attributed:
             attributions.append(attribute(found, targets[here], base[here]))

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from knnlm_core.errors import KnnlmError
+from knnlm_core.knn.gates import Context
 from knnlm_core.lm.head import LOGIT_ELEMENTS_PER_CHUNK
 from knnlm_core.lm.protocol import CausalLM, Rows, Span
 from knnlm_core.mixture import MixedRows, mix_rows
 from knnlm_core.retrieval import NEIGHBORS_AT_ONCE, Retrieval
+from knnlm_core.signals import lm_signals
 from knnlm_server.engine.events import PromptEvent, TokenTrace, TopTokens
 from knnlm_server.engine.request import Choice, CompletionRequest
 from knnlm_server.engine.sampler import SampleRow, sample, top_logprobs
@@ -88,7 +90,8 @@ class _ScoredRows(NamedTuple):
 
     first_row: int
     request: CompletionRequest
-    targets: Sequence[int]
+    first_target: int  # position of the first of them in the prompt
+    num_targets: int
 
 
 class _RowPlan(NamedTuple):
@@ -126,7 +129,8 @@ def _plan_rows(lm: CausalLM, batch: Batch) -> _RowPlan:
         rows = _num_rows(chunk)
         if request.prompt_logprobs is not None:
             # The row at position t predicts token t + 1.
-            plan.scored.append(_ScoredRows(row, request, request.prompt_ids[chunk.start + 1 : chunk.stop + 1]))
+            num_targets = min(chunk.stop + 1, len(request.prompt_ids)) - (chunk.start + 1)
+            plan.scored.append(_ScoredRows(row, request, chunk.start + 1, num_targets))
         if chunk.is_last and not request.params.max_tokens:
             plan.read.append(request)
         elif chunk.is_last:
@@ -143,11 +147,16 @@ def _score_prompt(lm: CausalLM, output: Rows, scored: _ScoredRows) -> Iterator[P
     """Score prompt tokens, so many at a time that their whole distributions fit in memory."""
     request = scored.request
     size = rows_at_once(lm, request.retrieval)
-    for start in range(0, len(scored.targets), size):
-        targets = torch.as_tensor(scored.targets[start : start + size], device=output.keys.device)
-        rows = slice(scored.first_row + start, scored.first_row + start + len(targets))
+    for start in range(0, scored.num_targets, size):
+        count = min(size, scored.num_targets - start)
+        positions = range(scored.first_target + start, scored.first_target + start + count)
+        targets = torch.tensor([request.prompt_ids[t] for t in positions], device=output.keys.device)
+        rows = slice(scored.first_row + start, scored.first_row + start + count)
         lm_log_probs = torch.log_softmax(lm.logits(output.hidden[rows]), dim=1)
-        mixed = mix_rows(lm_log_probs, output.keys[rows], [request.retrieval] * len(targets))
+        context = None
+        if request.retrieval is not None and request.retrieval.needs_context:
+            context = _context(lm_log_probs, [(t, request.prompt_ids[max(0, t - 2) : t]) for t in positions])
+        mixed = mix_rows(lm_log_probs, output.keys[rows], [request.retrieval] * count, context)
         for error in mixed.found.failures.values():
             yield StepFailure(request, error)
             return
@@ -172,7 +181,11 @@ def _next_tokens(
         return []
     index = torch.tensor([row.row for row in wanted], device=output.keys.device)
     lm_log_probs = torch.log_softmax(lm.logits(output.hidden[index]), dim=1)
-    mixed = mix_rows(lm_log_probs, output.keys[index], [row.request.retrieval for row in wanted])
+    retrievals = [row.request.retrieval for row in wanted]
+    context = None
+    if any(retrieval is not None and retrieval.needs_context for retrieval in retrievals):
+        context = _context(lm_log_probs, [_before(row.request, row.choices[0]) for row in wanted])
+    mixed = mix_rows(lm_log_probs, output.keys[index], retrievals, context)
     failures = [StepFailure(wanted[row].request, error) for row, error in mixed.found.failures.items()]
     owners = [
         (i, row.request, choice)
@@ -186,6 +199,20 @@ def _next_tokens(
     sampling = [_sampling(request, choice) for _, request, choice in owners]
     tokens = sample(mixed.log_probs[of_row], sampling, eos_token_ids=eos_token_ids)
     return [*failures, *_collect(owners, of_row, tokens, lm_log_probs, mixed)]
+
+
+def _before(request: CompletionRequest, choice: Choice) -> tuple[int, Sequence[int]]:
+    """How many tokens come before a choice's next one, and the last two of them."""
+    last = (*request.prompt_ids[-2:], *choice.token_ids[-2:])[-2:]
+    return len(request.prompt_ids) + len(choice.token_ids), last
+
+
+def _context(lm_log_probs: Tensor, before: Sequence[tuple[int, Sequence[int]]]) -> Context:
+    """Of B predictions, before each of which come so many tokens, the last two of them (or fewer) given."""
+    device = lm_log_probs.device
+    last = [(-1, -1, *tokens)[-2:] for _, tokens in before]
+    positions = torch.tensor([position for position, _ in before], device=device)
+    return Context(lm_signals(lm_log_probs), positions, torch.tensor(last, device=device))
 
 
 _RowOwner = tuple[int, CompletionRequest, Choice]  # row of the mixture, and whose token it gives

@@ -53,8 +53,9 @@ def trace_rows(
         traces.append(
             TokenTrace(
                 searched=searched[i],
-                decision=retrieval.gate.value if retrieval else "base",
-                lmbda=applied_lmbda(retrieval, one) if retrieval else 0.0,
+                decision=retrieval.gate_name if retrieval else "base",
+                gate_score=_gate_score(one),
+                lmbda=one.lmbda.item(),
                 p_lm=p_lm[i],
                 p_knn=p_knn[i],
                 p=math.exp(chosen[row].item()),
@@ -75,19 +76,16 @@ def rows_of(found: Found, rows: Tensor | slice) -> Found:
         found.log_weights[rows],
         found.sources,
         found.shares[rows],
+        found.lambdas[rows],
+        found.gate_scores[rows],
         failures={},
     )
 
 
-def applied_lmbda(retrieval: Retrieval, found: Found) -> float:
-    """λ of one row, from the numbers that were given: float32 would show 0.4 as 0.4000000059604645."""
-    if not found.lmbda.item() > 0:
-        return 0.0
-    if retrieval.fusion is Fusion.NEIGHBORS:
-        return retrieval.lmbda
-    shares = found.shares[0].tolist()[: len(retrieval.sources)]  # in company, rows may have room for more sources
-    with_some = (s for s, share in zip(retrieval.sources, shares, strict=True) if share > 0)
-    return math.fsum(source.weight * source.lmbda for source in with_some)
+def _gate_score(found: Found) -> float | None:
+    """What the gate of the one row held against its threshold; None for gates without one, and of several sources."""
+    scores = [score for score in found.gate_scores[0].tolist() if not math.isnan(score)]
+    return scores[0] if len(scores) == 1 else None
 
 
 def ranked(found: Found, fusion: Fusion) -> Tensor:
@@ -126,6 +124,6 @@ def _sources(retrieval: Retrieval, found: Found, token: Tensor) -> list[TracedSo
             itself = Neighbors(*(column[:, columns] for column in found.neighbors))
             tau = torch.tensor([source.knn_temperature], device=token.device)
             p_knn = target_log_probs(itself, token, knn_temperature=tau).exp().item()
-            lmbda, share = source.lmbda, found.shares[0, number].item()
+            lmbda, share = found.lambdas[0, number].item(), found.shares[0, number].item()
         traced.append(TracedSource(share if retrieval.fusion is Fusion.NEIGHBORS else source.weight, lmbda, p_knn))
     return traced

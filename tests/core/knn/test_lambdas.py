@@ -9,9 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from knnlm_core.knn.distribution import neighbor_log_weights
 from knnlm_core.knn.lambdas import Bucketed, LambdaRule, Rrc
-from knnlm_core.knn.signals import lm_signals
+from knnlm_core.signals import lm_signals
 from knnlm_core.types import Neighbors
 
 
@@ -25,7 +24,7 @@ def apply(rule: LambdaRule, distances: list[list[float]]) -> list[float]:
         torch.zeros_like(table, dtype=torch.int64).masked_fill(missing, -1),
     )
     signals = lm_signals(torch.log_softmax(torch.randn(len(distances), 7), dim=1))
-    lmbda = rule(neighbors, neighbor_log_weights(neighbors, torch.ones(len(distances))), signals)
+    lmbda = rule(neighbors, torch.ones(len(distances)), signals)
     assert lmbda.dtype == torch.float64
     return list(lmbda.tolist())
 

@@ -18,9 +18,11 @@ from knnlm_core.errors import DatastoreCorrupt, InvalidKnnParams, InvalidParamet
 from knnlm_core.knn.attribution import contributions
 from knnlm_core.knn.distribution import target_log_probs
 from knnlm_core.knn.fusion import Fusion
-from knnlm_core.knn.gates import Gate
+from knnlm_core.knn.gates import ALWAYS, NEVER, Confidence, Context, EveryN, Gate, last_tokens
+from knnlm_core.knn.lambdas import Bucketed, LambdaRule, Rrc
 from knnlm_core.mixture import find, mix_rows, mix_targets, source_log_probs
 from knnlm_core.retrieval import MAX_SOURCES, MAX_TOTAL_K, Retrieval, Source
+from knnlm_core.signals import lm_signals
 from knnlm_core.types import EntryRange, Neighbors
 
 VOCAB = 12
@@ -67,13 +69,35 @@ class Expected(NamedTuple):
     parts: dict[tuple[int, int], float]  # (source, entry) → λ w of the neighbour
 
 
-def expected(p_lm: np.ndarray, query: np.ndarray, retrieval: Retrieval | None) -> Expected:
-    if retrieval is None or retrieval.gate is Gate.NEVER:
+def opens(gate: Gate, p_lm: np.ndarray, position: int) -> bool:
+    """Whether a gate lets a row search."""
+    if isinstance(gate, EveryN):
+        return position % gate.period == 0
+    return float(p_lm.max()) < gate.threshold if isinstance(gate, Confidence) else gate is ALWAYS
+
+
+def lambda_of(source: Source, distances: list[float]) -> float:
+    """λ of a source that has found something."""
+    rule = source.lambda_rule
+    if isinstance(rule, Bucketed):
+        edges, lmbdas = rule.edges.tolist(), rule.lmbdas.tolist()
+        return lmbdas[sum(edge < distances[0] for edge in edges)]
+    if isinstance(rule, Rrc):
+        ratio = distances[0] / distances[-1] if distances[-1] > 0 else 0.0
+        return 1 - 1 / (1 + math.exp(-(ratio - rule.alpha) / rule.scale))
+    return source.lmbda
+
+
+def expected(p_lm: np.ndarray, query: np.ndarray, retrieval: Retrieval | None, position: int) -> Expected:
+    if retrieval is None:
         return Expected(p_lm, 0.0, [], {})
     weighed: list[dict[int, float]] = []
+    lmbdas: list[float] = []
     for source in retrieval.sources:
-        found = source.datastore.nearest(query, source.k, source.exclude)  # type: ignore[attr-defined]
+        is_open = opens(source.gate, p_lm, position)
+        found = source.datastore.nearest(query, source.k, source.exclude) if is_open else []  # type: ignore[attr-defined]
         weighed.append({entry: -distance / source.knn_temperature for distance, entry in found})
+        lmbdas.append(lambda_of(source, [distance for distance, _ in found]) if found else 0.0)
     if retrieval.fusion is Fusion.NEIGHBORS:
         every = [score for scores in weighed for score in scores.values()]
         total = math.fsum(math.exp(score - max(every)) for score in every) if every else 1.0
@@ -81,11 +105,11 @@ def expected(p_lm: np.ndarray, query: np.ndarray, retrieval: Retrieval | None) -
         mass = [{e: lmbda * math.exp(s - max(every)) / total for e, s in scores.items()} for scores in weighed]
     else:
         mass = []
-        for source, scores in zip(retrieval.sources, weighed, strict=True):
+        for source, own_lmbda, scores in zip(retrieval.sources, lmbdas, weighed, strict=True):
             top = max(scores.values(), default=0.0)
             total = math.fsum(math.exp(score - top) for score in scores.values())
-            mass.append({e: source.weight * source.lmbda * math.exp(s - top) / total for e, s in scores.items()})
-        lmbda = math.fsum(s.weight * s.lmbda for s, scores in zip(retrieval.sources, weighed, strict=True) if scores)
+            mass.append({e: source.weight * own_lmbda * math.exp(s - top) / total for e, s in scores.items()})
+        lmbda = math.fsum(s.weight * own for s, own in zip(retrieval.sources, lmbdas, strict=True))
     # λ is applied in float32; where it is nearly 1, its rounding is all that the LM's part is made of.
     p, p_knn = (1 - float(np.float32(lmbda))) * p_lm, []
     for source, masses, scores in zip(retrieval.sources, mass, weighed, strict=True):
@@ -100,6 +124,15 @@ def expected(p_lm: np.ndarray, query: np.ndarray, retrieval: Retrieval | None) -
     return Expected(p, lmbda, p_knn, parts)
 
 
+def context_of(lm: Tensor, positions: Sequence[int]) -> Context:
+    return Context(lm_signals(lm), torch.tensor(positions), torch.from_numpy(last_tokens([0] * len(positions))))
+
+
+RULES: list[LambdaRule] = [
+    Bucketed(torch.tensor([0.5, 2.0, 6.0]), torch.tensor([0.75, 0.4, 0.1, 0.0], dtype=torch.float64)),
+    Rrc(0.3, 0.1),
+]
+GATES: list[Gate] = [EveryN(2), Confidence(0.35), NEVER]
 SHELVES = [shelf(seed, entries) for seed, entries in enumerate((9, 1, 5, 14))]
 
 
@@ -113,35 +146,41 @@ def retrievals(draw: st.DrawFn) -> Retrieval | None:
     weights = [draw(st.sampled_from([1.0, 0.25, 3.0, 1e-6])) for _ in stores]
     tau, lmbda = draw(st.sampled_from([0.05, 1.6, 40.0])), draw(st.sampled_from([0.0, 0.3, 1.0]))
     sources = []
+    rule = None
     for store, weight in zip(stores, weights, strict=True):
         if fusion is Fusion.DISTRIBUTIONS:
             tau, lmbda = draw(st.sampled_from([0.05, 1.6, 40.0])), draw(st.sampled_from([0.0, 1e-6, 0.3, 1.0]))
+            rule = draw(st.sampled_from([None, None, *RULES]))
+        gate = draw(st.sampled_from([*[ALWAYS] * 4, *GATES]))
         everything = EntryRange(0, len(store.values))
         exclude = draw(st.sampled_from([(), (), (everything,), (EntryRange(0, 1),)]))
-        sources.append(Source(store, draw(st.integers(1, 20)), tau, lmbda, exclude, weight / sum(weights)))
-    return Retrieval(tuple(sources), draw(st.sampled_from([Gate.ALWAYS] * 4 + [Gate.NEVER])), fusion)
+        k = draw(st.integers(1, 20))
+        sources.append(Source(store, k, tau, lmbda, exclude, weight / sum(weights), gate, rule))
+    return Retrieval(tuple(sources), fusion)
 
 
 @st.composite
-def steps(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[Retrieval | None]]:
+def steps(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[Retrieval | None], Context]:
     kinds = draw(st.lists(retrievals(), min_size=1, max_size=4))
     rows = draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=5))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     scale = draw(st.sampled_from([0.1, 3.0, 20.0]))
     lm = torch.log_softmax(torch.randn(len(rows), VOCAB, generator=generator) * scale, 1)
     keys = torch.randint(-2, 3, (len(rows), 3), generator=generator).float()
-    return lm, keys, rows
+    positions = draw(st.lists(st.integers(0, 9), min_size=len(rows), max_size=len(rows)))
+    return lm, keys, rows, context_of(lm, positions)
 
 
 @settings(max_examples=150, deadline=None)
 @given(steps())
 def test_a_mixture_of_stores_equals_the_dense_float64_formula(step) -> None:
-    lm, keys, rows = step
-    mixed, found = mix_rows(lm, keys, rows)
+    lm, keys, rows, context = step
+    mixed, found = mix_rows(lm, keys, rows, context)
     targets = torch.arange(len(rows)) % VOCAB
-    of_target = mix_targets(lm[range(len(rows)), targets], keys, targets, rows).log_probs
+    of_target = mix_targets(lm[range(len(rows)), targets], keys, targets, rows, context).log_probs
     for row, retrieval in enumerate(rows):
-        need = expected(lm[row].double().exp().numpy(), keys[row].double().numpy(), retrieval)
+        p_lm, position = lm[row].double().exp().numpy(), int(context.positions[row])
+        need = expected(p_lm.copy(), keys[row].double().numpy(), retrieval, position)
         with np.errstate(divide="ignore"):
             log_p = np.log(need.p)
         visible = log_p > -60
@@ -151,7 +190,8 @@ def test_a_mixture_of_stores_equals_the_dense_float64_formula(step) -> None:
         assert found.lmbda[row].item() == pytest.approx(need.lmbda, abs=1e-7)
         if visible[targets[row]]:
             assert of_target[row].item() == pytest.approx(log_p[targets[row]], abs=2e-5)
-        assert bool(found.searched[row]) is (retrieval is not None and retrieval.gate is Gate.ALWAYS)
+        open_ = retrieval is not None and any(opens(source.gate, p_lm, position) for source in retrieval.sources)
+        assert bool(found.searched[row]) is open_
         has_any = bool((found.neighbors.entry_ids[row] >= 0).any())
         assert found.log_weights[row].double().exp().sum().item() == pytest.approx(float(has_any), abs=1e-5)
         assert found.shares[row].sum().item() == pytest.approx(float(has_any), abs=1e-9)
@@ -160,10 +200,11 @@ def test_a_mixture_of_stores_equals_the_dense_float64_formula(step) -> None:
 @settings(max_examples=60, deadline=None)
 @given(steps())
 def test_a_row_is_mixed_alone_as_in_company(step) -> None:
-    lm, keys, rows = step
-    together, found = mix_rows(lm, keys, rows)
+    lm, keys, rows, context = step
+    together, found = mix_rows(lm, keys, rows, context)
     for row, retrieval in enumerate(rows):
-        alone, itself = mix_rows(lm[row : row + 1], keys[row : row + 1], [retrieval])
+        itself = slice(row, row + 1)
+        alone, itself = mix_rows(lm[itself], keys[itself], [retrieval], context.take(itself))
         torch.testing.assert_close(together[row], alone[0], atol=1e-6, rtol=1e-6)
         assert found.lmbda[row] == itself.lmbda[0]
         entries = [
@@ -176,9 +217,9 @@ def test_a_row_is_mixed_alone_as_in_company(step) -> None:
 @settings(max_examples=100, deadline=None)
 @given(steps(), st.integers(0, VOCAB - 1))
 def test_contributions_are_those_of_a_brute_force_sum_and_add_up(step, token: int) -> None:
-    lm, keys, rows = step
+    lm, keys, rows, context = step
     targets = torch.full((len(rows),), token)
-    found = find(keys, rows)
+    found = find(keys, rows, context)
     parts = contributions(
         found.neighbors.values, found.log_weights, found.lmbda, targets=targets, lm_log_probs=lm[:, token]
     )
@@ -187,7 +228,8 @@ def test_contributions_are_those_of_a_brute_force_sum_and_add_up(step, token: in
         mine = (parts.rows == row).nonzero()[:, 0]
         shares = parts.shares[mine].tolist()
         assert parts.model[row].item() + math.fsum(shares) == pytest.approx(1, abs=1e-9)
-        need = expected(lm[row].double().exp().numpy(), keys[row].double().numpy(), retrieval)
+        p_lm, position = lm[row].double().exp().numpy(), int(context.positions[row])
+        need = expected(p_lm, keys[row].double().numpy(), retrieval, position)
         if need.p[token] < 1e-30:
             continue
         have: dict[tuple[int, int], float] = {}
@@ -309,7 +351,7 @@ def test_a_store_that_fails_takes_only_its_own_rows_along() -> None:
 def test_source_log_probs_are_those_of_each_store_alone_whatever_the_gate() -> None:
     _, keys = rows_of(6)
     targets = torch.arange(6)
-    retrieval = two(gate=Gate.NEVER).with_weights([1, 7])
+    retrieval = two().gated(NEVER).with_weights([1, 7])
     have = source_log_probs(keys, targets, retrieval)
     assert have.shape == (6, 2)
     for column, source in enumerate(retrieval.sources):
@@ -333,9 +375,7 @@ def test_limits_of_a_retrieval_are_named() -> None:
         Retrieval((source, replace(source, lmbda=math.nan))).check()
 
 
-def test_weights_are_normalised_and_lambda_is_their_sum() -> None:
+def test_weights_are_normalised() -> None:
     retrieval = two().with_weights([3, 1])
     assert [source.weight for source in retrieval.sources] == [0.75, 0.25]
-    assert retrieval.lmbda == 0.75 * 0.5 + 0.25 * 0.25
-    assert replace(retrieval, fusion=Fusion.NEIGHBORS).lmbda == 0.5
     assert retrieval.k == 8

@@ -314,7 +314,7 @@ class RegistryMachine(RuleBasedStateMachine):
         model = self.names[name]
         if not model.loaded:
             self._fails(DatastoreNotFound, lambda: self._forget(name, document_id))
-        elif not any(document_id in self._visible_in(name, held_version) for held_version in self._open_versions(name)):
+        elif not any(document_id in self._visible_in(name, version) for version in self.versions[name]):
             self._fails(DocumentNotFound, lambda: self._forget(name, document_id))
         else:
             self._forget(name, document_id)
@@ -340,9 +340,6 @@ class RegistryMachine(RuleBasedStateMachine):
 
     def _visible_in(self, name: str, version: str) -> set[str]:
         return self.names[name].visible(self.built[name, version], self.names[name].revision)
-
-    def _open_versions(self, name: str) -> set[str]:
-        return {snapshot.version for (other, _), snapshot in self.snapshots.items() if other == name}
 
     # -- how the two compare -------------------------------------------------------------------------------------------
 

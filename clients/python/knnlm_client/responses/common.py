@@ -101,6 +101,7 @@ class TraceEntry(ResponsePart):
     token: str
     searched: bool
     decision: str
+    gate_score: float | None = None
     lmbda: float = Field(validation_alias=AliasChoices("lambda", "lmbda"), serialization_alias="lambda")
     p_lm: float
     p_knn: float | None = None  # None: there was nothing to mix in

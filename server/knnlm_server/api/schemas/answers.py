@@ -121,7 +121,10 @@ class TokenTraceEntry(Answer):
     token_id: int = Field(ge=0)
     token: str
     searched: bool
-    decision: str = Field(description="The gate's; `base` without a datastore.")
+    decision: str = Field(description="Which gate decided whether to search; `base` without a datastore.")
+    gate_score: float | None = Field(
+        description="What the gate held against its threshold; null for gates without one, and of several datastores."
+    )
     lmbda: float = Field(alias="lambda", ge=0, le=1, description="λ: weight of p_knn.")
     p_lm: float = Field(ge=0)
     p_knn: float = Field(ge=0)

@@ -20,7 +20,7 @@ from pydantic import (
 
 from knnlm_core.errors import InvalidKnnParams, InvalidParameter, UnsupportedFeature
 from knnlm_core.knn.fusion import Fusion
-from knnlm_core.knn.gates import Gate
+from knnlm_core.knn.gates import MAX_PERIOD, GateMode
 from knnlm_core.retrieval import MAX_K, MAX_SOURCES, MAX_TEMPERATURE, MIN_TEMPERATURE
 from knnlm_server.api.schemas.limits import shown
 
@@ -129,11 +129,14 @@ class KnnBody(ClosedBody):
     lmbda: Annotated[float, shown(minimum=0, maximum=1)] | None = Field(
         default=None, alias="lambda", description="λ: weight of p_knn, 0 … 1."
     )
-    gate: Annotated[str, shown(enum=list(Gate))] | None = Field(
-        default=None, description="When to search: always or never."
+    gate: Annotated[str, shown(enum=list(GateMode))] | None = Field(
+        default=None,
+        description="When to search: always, never, at every n-th position, or where the model is not confident.",
     )
-    gate_threshold: Annotated[float | None, WithJsonSchema({"type": "null"})] = Field(
-        default=None, description="Threshold of the gate, for gates that have one; this build knows none."
+    gate_threshold: Annotated[float, shown(minimum=0, maximum=MAX_PERIOD)] | None = Field(
+        default=None,
+        description="Of gates that have one. every_n: n. confidence: search where the model gives its likeliest token "
+        "less than this probability.",
     )
     speculate: Annotated[bool, shown(const=False)] | None = Field(
         default=None, description="Draft from the datastore; not offered by this build."
@@ -149,10 +152,9 @@ class KnnBody(ClosedBody):
         """Raises UnsupportedFeature for what later releases will honour."""
         if self.speculate:
             raise UnsupportedFeature("`knn.speculate` is not offered by this build", param="knn.speculate")
-        if self.gate_threshold is not None:
-            raise UnsupportedFeature(
-                "`knn.gate_threshold` needs a gate with a threshold; this build knows always and never",
-                param="knn.gate_threshold",
+        if self.gate_threshold is not None and self.gate is None:
+            raise InvalidKnnParams(
+                "`knn.gate_threshold` needs `knn.gate`, and this request names none", param="knn.gate_threshold"
             )
 
     @property
@@ -223,7 +225,7 @@ class KnnBody(ClosedBody):
             raise InvalidKnnParams(
                 "`knn.weights` must not be prompt where `knn.datastore` gives weights", param="knn.weights"
             )
-        if self.gate == Gate.NEVER:
+        if self.gate == GateMode.NEVER:
             raise InvalidKnnParams("`knn.weights` must not be prompt where `knn.gate` is never", param="knn.weights")
 
     def _check_neighbors(self) -> None:

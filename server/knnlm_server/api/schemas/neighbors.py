@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 from pydantic.config import JsonDict
 
 from knnlm_core.errors import InvalidKnnParams, InvalidParameter
-from knnlm_core.knn.gates import Gate
+from knnlm_core.knn.gates import GateMode
 from knnlm_server.api.schemas.answers import Answer, TraceNeighbor
 from knnlm_server.api.schemas.common import Body, DocumentIds, KnnBody, NonEmpty, Texts, TokenIds
 from knnlm_server.api.schemas.limits import shown
@@ -72,9 +72,9 @@ class NeighborsBody(Body):
         if not 1 <= contexts <= MAX_CONTEXTS:
             raise InvalidParameter(f"`input` must hold 1 … {MAX_CONTEXTS} contexts, got {contexts}", param="input")
         gate = self.knn.gate if self.knn is not None else None
-        if gate not in (None, Gate.ALWAYS):
+        if gate not in (None, GateMode.ALWAYS):
             raise InvalidKnnParams(
-                f"`knn.gate` must be {Gate.ALWAYS} here, where every context is searched after, got {gate!r}",
+                f"`knn.gate` must be {GateMode.ALWAYS} here, where every context is searched after, got {gate!r}",
                 param="knn.gate",
             )
         if self.knn is not None and self.knn.attribution:

@@ -132,7 +132,8 @@ class ScoredToken(Answer):
     base: float = Field(le=1e-3, description="Log-probability, natural; −9999 for a probability of 0.")
     mixed: float = Field(le=1e-3)
     lmbda: float = Field(alias="lambda", ge=0, le=1, description="λ: weight of p_knn.")
-    decision: str = Field(description="The gate's; `base` without a datastore.")
+    decision: str = Field(description="Which gate decided whether to search; `base` without a datastore.")
+    searched: bool
     attribution: TokenAttribution | SkipJsonSchema[None] = Field(
         default=None, description="Only with `knn.attribution`."
     )
