@@ -461,7 +461,7 @@ def test_an_excluded_document_must_be_there(files: Files, published: Published, 
     [
         ("--lambda", "1.5", "`knn.lambda` must be in 0 … 1, got 1.5 (invalid_knn_params)"),
         ("--k", "0", "`knn.k` must be in 1 … 4096, got 0 (invalid_knn_params)"),
-        ("--gate", "sometimes", "one of always, never, every_n, confidence, got 'sometimes' (invalid_knn_params)"),
+        (
             "--gate",
             "sometimes",
             "must be one of always, never, every_n, confidence, got 'sometimes' (invalid_knn_params)",
