@@ -58,6 +58,7 @@ def score(
     k: Annotated[int | None, _option("k")] = None,
     temperature: Annotated[float | None, _option("temperature")] = None,
     lmbda: Annotated[float | None, _option("lmbda")] = None,
+    lambda_mode: Annotated[str | None, _option("lambda_mode")] = None,
     gate: Annotated[str | None, _option("gate")] = None,
     gate_threshold: Annotated[float | None, _option("gate_threshold")] = None,
     url: Annotated[str | None, _option("url")] = None,

@@ -16,7 +16,7 @@ from knnlm_builder.corpus import SourceDocument
 from knnlm_cli.score_progress import Advance
 from knnlm_cli.score_results import DocumentScores
 from knnlm_cli.score_settings import ScoreSettings
-from knnlm_cli.score_used import Setting, Used, choose_retrieval, choose_windows
+from knnlm_cli.score_used import COMMAND_LINE, Setting, Used, choose_retrieval, choose_windows
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.exclusion import merge_ranges
 from knnlm_core.datastore.living import LivingName
@@ -25,9 +25,10 @@ from knnlm_core.datastore.reader import Datastore
 from knnlm_core.datastore.snapshot import Snapshot
 from knnlm_core.errors import DatastoreNotFound, InvalidParameter
 from knnlm_core.knn.gates import parse_gate
+from knnlm_core.knn.lambdas import parse_lambda_mode
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.loading import LoadOptions, load_lm
-from knnlm_core.retrieval import Retrieval, Source
+from knnlm_core.retrieval import Retrieval, Source, with_lambda_mode
 from knnlm_core.types import EntryRange
 from knnlm_server.api.score_inputs import TextToScore, bytes_of_text
 from knnlm_server.api.score_rendering import TokenRenderer
@@ -176,7 +177,8 @@ def _retrieval(datastore: Snapshot, settings: Mapping[str, Setting], excluded: S
     )
     threshold = settings.get("gate_threshold")
     gate = parse_gate(str(settings["gate"].value), float(threshold.value) if threshold is not None else None)
-    retrieval = Retrieval((source,)).gated(gate)
+    mode = parse_lambda_mode(str(settings["lambda_mode"].value), beside=settings["lambda"].source == COMMAND_LINE)
+    retrieval = Retrieval((with_lambda_mode(source, datastore.calibration, mode),)).gated(gate)
     retrieval.check()
     return retrieval
 

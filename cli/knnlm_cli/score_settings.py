@@ -15,6 +15,7 @@ _NEED_DATASTORE = (
     "k",
     "temperature",
     "lmbda",
+    "lambda_mode",
     "gate",
     "gate_threshold",
     "exclude_self",
@@ -52,6 +53,10 @@ class ScoreSettings(BaseModel):
     k: int | None = Field(default=None, description="Neighbours per token.")
     temperature: float | None = Field(default=None, description="τ: divides squared distances.")
     lmbda: float | None = Field(default=None, description="λ: weight of p_knn, 0 … 1.")
+    lambda_mode: str | None = Field(
+        default=None,
+        description="How λ is set: fixed, or per token by a rule of the calibration: bucketed, rrc, learned.",
+    )
     gate: str | None = Field(default=None, description="When to search: always, never, every_n or confidence.")
     gate_threshold: float | None = Field(
         default=None, description="Of the gates every_n (n) and confidence (a probability)."
@@ -102,6 +107,7 @@ class ScoreSettings(BaseModel):
             "k": self.k,
             "temperature": self.temperature,
             "lambda": self.lmbda,
+            "lambda_mode": self.lambda_mode,
             "gate": self.gate,
             "gate_threshold": self.gate_threshold,
         }

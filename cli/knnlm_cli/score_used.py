@@ -12,7 +12,7 @@ from knnlm_core.windows import settle_windows
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
-RETRIEVAL = ("k", "temperature", "lambda", "gate", "gate_threshold")
+RETRIEVAL = ("k", "temperature", "lambda", "lambda_mode", "gate", "gate_threshold")
 
 
 class Setting(NamedTuple):
@@ -29,7 +29,7 @@ class Used:
     Attributes:
         datastore, version: None for the LM alone.
         calibration: id of the calibration beside the version, if there is one.
-        retrieval: k, temperature, lambda, gate and its threshold; empty for the LM alone.
+        retrieval: k, temperature, lambda and how it is set, gate and its threshold; empty for the LM alone.
         windows: window and stride, in tokens.
     """
 
@@ -58,7 +58,7 @@ def choose_windows(settings: ScoreSettings, max_length: int) -> dict[str, Settin
 def choose_retrieval(settings: ScoreSettings, name: str, calibration: Mapping[str, Any] | None) -> dict[str, Setting]:
     """The command line's settings over those of the calibration of datastore ``name``.
 
-    Args:     calibration: id, k, temperature, lambda and gate, as `/v1/datastores` names them.
+    Args:     calibration: id, k, temperature, lambda, lambda_mode and gate, as `/v1/datastores` names them.
     Raises:   InvalidParameter: neither says anything of k, τ or λ.
     """
     given = settings.knn_given()
@@ -68,6 +68,8 @@ def choose_retrieval(settings: ScoreSettings, name: str, calibration: Mapping[st
             found[field] = Setting(given[field], COMMAND_LINE)
         elif field == "gate_threshold":  # not all gates have one
             continue
+        elif field == "lambda_mode" and ("lambda" in given or not _is_calibrated(found, calibration)):
+            found[field] = Setting("fixed", DEFAULT)
         elif calibration is not None:
             found[field] = Setting(calibration[field], f"calibration {calibration['id']}")
         elif field == "gate":
@@ -75,3 +77,8 @@ def choose_retrieval(settings: ScoreSettings, name: str, calibration: Mapping[st
         else:
             raise InvalidParameter(f"datastore {name!r} has no calibration, so --{field} must be given", param=field)
     return found
+
+
+def _is_calibrated(found: Mapping[str, Setting], calibration: Mapping[str, Any] | None) -> bool:
+    """Whether k and τ are those that the calibration's rules for λ were fitted for."""
+    return calibration is not None and all(found[field].value == calibration[field] for field in ("k", "temperature"))

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from knnlm_core.errors import InvalidKnnParams, InvalidParameter
+from knnlm_core.datastore.calibration import Calibration, LambdaRules
+from knnlm_core.errors import DatastoreMismatch, InvalidKnnParams, InvalidParameter
 from knnlm_core.knn.fusion import Fusion
 from knnlm_core.knn.gates import ALWAYS, Gate
-from knnlm_core.knn.lambdas import LambdaRule
+from knnlm_core.knn.lambdas import LAMBDA_FEATURES, Bucketed, LambdaMode, LambdaRule, Learned, Rrc
 from knnlm_core.types import EntryRange, Neighbors
 
 MAX_K = 4096
@@ -29,6 +31,42 @@ class Searchable(Protocol):
     def search(self, queries: Tensor, k: int, *, exclude: Sequence[EntryRange] = ()) -> Neighbors:
         """The k nearest entries of each query (B, D), nearest first, none of them excluded."""
         ...
+
+
+def lambda_rule(rules: LambdaRules, mode: LambdaMode) -> LambdaRule | None:
+    """One of a calibration's rules, ready to be applied; None for `LambdaMode.FIXED`.
+
+    Raises:
+        InvalidKnnParams: nothing of the kind was fitted.
+        DatastoreMismatch: the rule looks at features that this build does not know.
+    """
+    if mode is LambdaMode.FIXED:
+        return None
+    if mode is LambdaMode.BUCKETED and rules.bucketed is not None:
+        return Bucketed(_numbers(rules.bucketed.edges).float(), _numbers(rules.bucketed.lambdas))
+    if mode is LambdaMode.RRC and rules.rrc is not None:
+        return Rrc(rules.rrc.alpha, rules.rrc.scale)
+    if mode is LambdaMode.LEARNED and rules.learned is not None:
+        learned = rules.learned
+        if learned.features != LAMBDA_FEATURES:
+            raise DatastoreMismatch(
+                "the calibration",
+                field="lambda_rules.learned.features",
+                have=", ".join(learned.features)[:500],
+                need=", ".join(LAMBDA_FEATURES),
+                needed_by="this reader",
+            )
+        layers = tuple((_numbers(layer.weight), _numbers(layer.bias)) for layer in learned.layers)
+        return Learned(_numbers(learned.mean), _numbers(learned.scale), layers)
+    offered = ", ".join(["fixed", *(name for name, rule in rules if rule is not None)])
+    raise InvalidKnnParams(
+        f"`knn.lambda_mode` must be one that the datastore's calibration has ({offered}), got {str(mode)!r}",
+        param="knn.lambda_mode",
+    )
+
+
+def _numbers(given: Sequence[object]) -> Tensor:
+    return torch.tensor(given, dtype=torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +104,34 @@ class Source:
             )
         if not 0 <= self.lmbda <= 1:
             raise InvalidKnnParams(f"`knn.lambda` must be in 0 … 1, got {self.lmbda:g}", param="knn.lambda")
+
+
+def with_lambda_mode(source: Source, calibration: Calibration | None, mode: LambdaMode | None) -> Source:
+    """Let a rule of the datastore's calibration set λ.
+
+    Rules were fitted for the calibrated k and τ. Without a mode, a source that keeps to these gets the calibrated one;
+    for another k or τ the single λ holds.
+
+    Raises: InvalidKnnParams: a rule is asked for that there is not, or with another k or τ. DatastoreMismatch.
+    """
+    if mode is LambdaMode.FIXED:
+        return source
+    fits = calibration is not None and (source.k, source.knn_temperature) == (
+        calibration.k,
+        calibration.knn_temperature,
+    )
+    if mode is None:
+        if calibration is None or not fits:
+            return source
+        mode = LambdaMode(calibration.lambda_mode)
+    rule = lambda_rule(calibration.lambda_rules if calibration is not None else LambdaRules(), mode)
+    if rule is not None and not fits:
+        raise InvalidKnnParams(
+            f"`knn.lambda_mode` {mode} holds for the calibrated k and τ alone, got k {source.k} and "
+            f"τ {source.knn_temperature:g}",
+            param="knn.lambda_mode",
+        )
+    return replace(source, lambda_rule=rule)
 
 
 @dataclass(frozen=True, slots=True)

@@ -290,7 +290,10 @@ def _say_calibration(calibration: Calibration, gate: RecallGate, reporter: Repor
         f"Index: recall@32 {gate.recall_at_32:.3f}, recall@{MAX_K} {gate.recall_at_k:.3f}"
         + (f" at nprobe {gate.nprobe}" if gate.nprobe else " (exact)")
     )
-    reporter.say(f"Calibrated: k = {calibration.k}, τ = {calibration.knn_temperature:.3g}, λ = {calibration.lmbda:.2f}")
+    mode = "" if calibration.lambda_mode == "fixed" else f", set per token by the rule {calibration.lambda_mode!r}"
+    reporter.say(
+        f"Calibrated: k = {calibration.k}, τ = {calibration.knn_temperature:.3g}, λ = {calibration.lmbda:.2f}{mode}"
+    )
     reporter.say(
         f"Perplexity on {report['tokens']:,} held-out tokens that were not fitted on: base "
         f"{_perplexity(calibration, 'base'):.3f} → mixed {_perplexity(calibration, 'mixed'):.3f} "

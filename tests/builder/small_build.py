@@ -20,6 +20,7 @@ from knnlm_builder.stages.plan import Plan, make_plan
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.tokenizer import Tokenizer
+from knnlm_core.signals import LMSignals, lm_signals
 from tiny import tiny_model, tiny_tokenizer
 
 _SUBJECTS = (
@@ -88,6 +89,11 @@ def digits_lm() -> HuggingFaceLM:
 def random_digits(seed: int, count: int) -> str:
     draw = random.Random(seed)
     return "".join(draw.choice("0123456789") for _ in range(count))
+
+
+def flat_signals(count: int) -> LMSignals:
+    """Of an LM that knows nothing."""
+    return lm_signals(torch.zeros(count, 4).log_softmax(dim=1))
 
 
 class Stage(NamedTuple):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given as for_all
 from hypothesis import strategies as st
-from small_build import Recorder, build, digits_lm, given, opened, random_digits
+from small_build import Recorder, build, digits_lm, flat_signals, given, opened, random_digits
 
 from knnlm_builder.stages.calibrate import _fit_rows, measure
 from knnlm_builder.stages.curve import lmbda_curves
@@ -21,10 +21,10 @@ from knnlm_builder.stages.fit import (
     TAU_FACTORS,
     Evidence,
     Fit,
+    Known,
     bootstrap_gain,
     choose,
     fit,
-    mixed_log_probs,
 )
 from knnlm_builder.stages.held_out import Queries
 from knnlm_builder.stages.plan import PlannedDocument
@@ -55,7 +55,9 @@ def evidence(base: Array, distances: Array, values: npt.NDArray[np.int64], targe
     neighbors = Neighbors(
         torch.arange(n * k).reshape(n, k), torch.from_numpy(distances).float(), torch.from_numpy(values)
     )
-    return Evidence(torch.from_numpy(base).float(), neighbors, torch.from_numpy(targets), torch.arange(n) // 128)
+    return Evidence(
+        torch.from_numpy(base).float(), neighbors, torch.from_numpy(targets), torch.arange(n) // 128, flat_signals(n)
+    )
 
 
 def slow_nll(found: Evidence, knn_temperature: float, lmbda: float) -> float:
@@ -110,7 +112,7 @@ def test_the_fit_is_a_slow_grid_search(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mixed_log_probs_are_the_formula() -> None:
     found = mixture(200, 5, 3.0, 0.5, seed=2)
     for tau, lmbda in ((0.5, 0.01), (3.0, 0.5), (200.0, 0.99)):
-        have = -float(mixed_log_probs(found, tau, lmbda).double().mean())
+        have = Known.of(found, tau).nll(lmbda)
         assert have == pytest.approx(slow_nll(found, tau, lmbda), abs=1e-5)
 
 
@@ -173,7 +175,7 @@ def test_the_curve_of_each_k_is_its_perplexity_at_every_lambda() -> None:
 
 def test_a_report_measures_base_and_mixture_on_the_same_tokens() -> None:
     found = mixture(500, 8, 6.0, 0.4, seed=8)
-    report = measure(found, 8, 6.0, 0.4, seed=0)
+    report = measure(found.nearest(8), 6.0, torch.full((len(found.base),), 0.4, dtype=torch.float64), seed=0)
     assert report.tokens == 500
     assert report.base_nll == pytest.approx(slow_nll(found, 6.0, 0.0), abs=1e-5)
     assert report.mixed_nll == pytest.approx(slow_nll(found, 6.0, 0.4), abs=1e-5)
@@ -195,7 +197,7 @@ def planned(sizes: list[int]) -> list[PlannedDocument]:
 def queries(documents: list[PlannedDocument]) -> Queries:
     index = torch.cat([torch.full((d.num_entries,), i) for i, d in enumerate(documents)])
     nothing = torch.zeros(len(index))
-    return Queries(nothing[:, None], nothing, index, index, index)
+    return Queries(nothing[:, None], nothing, index, index, index, flat_signals(len(index)))
 
 
 @for_all(st.lists(st.integers(1, 40), min_size=1, max_size=12).filter(lambda sizes: sum(sizes) - len(sizes) >= 2))

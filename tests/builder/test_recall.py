@@ -11,8 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_build import flat_signals
 
-from knnlm_builder.stages.fit import Evidence, fit, mixed_log_probs
+from knnlm_builder.stages.fit import Evidence, Known, fit
 from knnlm_builder.stages.held_out import Queries
 from knnlm_builder.stages.recall import FIRST_NPROBE, GATE_QUERIES, RecallGate, choose_nprobe, recall
 from knnlm_core.datastore import layout
@@ -127,7 +128,9 @@ def queries(spread: float, count: int = 600) -> Queries:
     keys = torch.from_numpy(clustered(rng, count, spread))
     targets = torch.from_numpy(rng.integers(0, VOCAB, count))
     base = torch.from_numpy(-rng.exponential(2.5, count)).float()
-    return Queries(keys, base, targets, torch.arange(count) // 128, torch.zeros(count, dtype=torch.int64))
+    return Queries(
+        keys, base, targets, torch.arange(count) // 128, torch.zeros(count, dtype=torch.int64), flat_signals(count)
+    )
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 3.0])  # 8, 16 and 32 lists of 64
@@ -153,10 +156,12 @@ def test_the_smallest_power_of_two_that_passes_is_chosen(tmp_path: Path, spread:
                 np.mean([len(set(a[:k]) & set(b[:k])) / k for a, b in zip(ids, exact_ids, strict=True)])
                 for k in (32, K)
             ]
-            exact = Evidence(sample.base, store.search_exact(sample.keys, K), sample.targets, sample.blocks)
+            exact = Evidence(
+                sample.base, store.search_exact(sample.keys, K), sample.targets, sample.blocks, sample.signals
+            )
             best = fit(exact, K)
-            here = Evidence(sample.base, hits, sample.targets, sample.blocks)
-            nll = [-mixed_log_probs(e, best.knn_temperature, best.lmbda).double().mean() for e in (here, exact)]
+            here = Evidence(sample.base, hits, sample.targets, sample.blocks, sample.signals)
+            nll = [Known.of(e, best.knn_temperature).nll(best.lmbda) for e in (here, exact)]
             return float(shares[0]), float(shares[1]), math.exp(nll[0] - nll[1])
 
         nprobe = FIRST_NPROBE

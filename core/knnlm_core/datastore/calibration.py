@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.manifest import Digest16, Positive, read_json, validate, version_of
@@ -15,6 +15,85 @@ from knnlm_core.durable import sync_folder, write_text
 from knnlm_core.errors import BuildConflict, DatastoreCorrupt
 
 MAX_CALIBRATION_BYTES = 4 * 1024 * 1024
+MAX_BUCKETS = 1024
+MAX_LAYER_WIDTH = 1024
+
+LambdaModeName = Literal["fixed", "bucketed", "rrc", "learned"]
+
+
+Lambda = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class BucketedLambda(_Part):
+    """λ by the nearest neighbour's squared distance.
+
+    Attributes:
+        edges: n − 1, ascending.
+        lambdas: n, for the nearest first.
+    """
+
+    edges: tuple[Annotated[float, Field(ge=0)], ...] = Field(max_length=MAX_BUCKETS - 1)
+    lambdas: tuple[Lambda, ...] = Field(min_length=1, max_length=MAX_BUCKETS)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.lambdas) != len(self.edges) + 1 or list(self.edges) != sorted(self.edges):
+            raise ValueError("`edges` must ascend, and be one fewer than `lambdas`")
+        return self
+
+
+class RrcLambda(_Part):
+    """λ by how much nearer the nearest neighbour is than the farthest."""
+
+    alpha: float
+    scale: Annotated[float, Field(gt=0)]
+
+
+class Layer(_Part):
+    """Of a network: ``out`` rows of ``in`` weights each, and ``out`` biases."""
+
+    weight: tuple[tuple[float, ...], ...] = Field(min_length=1, max_length=MAX_LAYER_WIDTH)
+    bias: tuple[float, ...]
+
+
+class LearnedLambda(_Part):
+    """λ by a small network over the features named.
+
+    Attributes:
+        features: what the network was fitted to look at.
+        mean, scale: one for each feature.
+        layers: from the features to a single number.
+    """
+
+    features: tuple[str, ...] = Field(min_length=1, max_length=MAX_LAYER_WIDTH)
+    mean: tuple[float, ...]
+    scale: tuple[Annotated[float, Field(gt=0)], ...]
+    layers: tuple[Layer, ...] = Field(min_length=1, max_length=8)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        width = len(self.features)
+        if len(self.mean) != width or len(self.scale) != width:
+            raise ValueError("`mean` and `scale` must have one number for each feature")
+        for layer in self.layers:
+            if len(layer.bias) != len(layer.weight) or any(len(row) != width for row in layer.weight):
+                raise ValueError("the layers' weights and biases do not fit each other")
+            width = len(layer.weight)
+        if width != 1:
+            raise ValueError(f"the last layer must have a single output, it has {width}")
+        return self
+
+
+class LambdaRules(_Part):
+    """What was fitted besides a single λ; None where there was too little text to fit it on."""
+
+    bucketed: BucketedLambda | None = None
+    rrc: RrcLambda | None = None
+    learned: LearnedLambda | None = None
 
 
 class Calibration(BaseModel):
@@ -24,6 +103,8 @@ class Calibration(BaseModel):
         datastore_version: the version that it was made for; it says nothing about any other.
         knn_temperature: τ, in units of squared distance.
         lmbda: λ, the weight of p_knn; ``lambda`` in JSON.
+        lambda_mode: how λ is set: always the same, or by a rule that looks at each token's neighbours.
+        lambda_rules: the rules that were fitted, for this k and τ.
         protocol: what was measured on, and how.
         report: what came out: tokens, documents, base and mixed figures, gain and its interval.
         helps: whether the mixture beat the base LM.
@@ -38,10 +119,18 @@ class Calibration(BaseModel):
     k: Positive
     knn_temperature: Annotated[float, Field(gt=0)]
     lmbda: Annotated[float, Field(alias="lambda", ge=0, le=1)]
+    lambda_mode: LambdaModeName = "fixed"
+    lambda_rules: LambdaRules = LambdaRules()
     gate: Literal["always"] = "always"
     protocol: dict[str, JsonValue]
     report: dict[str, JsonValue]
     helps: Annotated[bool, Field(strict=True)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.lambda_mode != "fixed" and getattr(self.lambda_rules, self.lambda_mode) is None:
+            raise ValueError(f"`lambda_mode` is {self.lambda_mode}, and there is no such rule in `lambda_rules`")
+        return self
 
     def settings(self) -> dict[str, JsonValue]:
         """What requests use, by the names of the HTTP API."""
@@ -50,6 +139,7 @@ class Calibration(BaseModel):
             "k": self.k,
             "temperature": self.knn_temperature,
             "lambda": self.lmbda,
+            "lambda_mode": self.lambda_mode,
             "gate": self.gate,
             "helps": self.helps,
         }

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from knnlm_core.errors import InvalidKnnParams
+from knnlm_core.knn.distribution import neighbor_log_weights
 from knnlm_core.signals import LMSignals
 from knnlm_core.types import Neighbors
 
@@ -23,6 +25,23 @@ class LambdaMode(StrEnum):
     BUCKETED = "bucketed"  # by the distance of the nearest neighbour
     RRC = "rrc"  # by how much nearer the nearest neighbour is than the farthest
     LEARNED = "learned"  # by a small network, from distances, agreement and the LM's own signals
+
+
+def parse_lambda_mode(name: str, *, beside: bool) -> LambdaMode:
+    """The mode that a request asks for.
+
+    Args:   beside: whether it gives a λ too.
+    Raises: InvalidKnnParams: no such mode, or a λ beside a rule that sets it.
+    """
+    if name not in set(LambdaMode):
+        raise InvalidKnnParams(
+            f"`knn.lambda_mode` must be one of {', '.join(LambdaMode)}, got {name[:80]!r}", param="knn.lambda_mode"
+        )
+    if beside and name != LambdaMode.FIXED:
+        raise InvalidKnnParams(
+            f"`knn.lambda_mode` must be fixed where `knn.lambda` is given, got {name!r}", param="knn.lambda_mode"
+        )
+    return LambdaMode(name)
 
 
 class LambdaRule(Protocol):
@@ -77,3 +96,87 @@ class Rrc:
         # Where all neighbours are exact repetitions nothing could be surer.
         ratio = torch.where(farthest > 0, neighbors.distances[:, 0].double() / farthest, 0.0)
         return torch.sigmoid((self.alpha - ratio) / self.scale)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Learned:
+    """A small network over what is known after a search: see `lambda_features`.
+
+    λ = σ(W_n tanh(… tanh(W_1 (x − mean) / scale + b_1) …) + b_n)
+
+    Attributes:
+        mean, scale: (F,) float64, scale > 0.
+        layers: (weight (out, in), bias (out,)) each, float64; the last one has a single output.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+    def __call__(self, neighbors: Neighbors, knn_temperature: Tensor, signals: LMSignals) -> Tensor:
+        """See `LambdaRule`."""
+        return self.of_features(lambda_features(neighbors, knn_temperature, signals))
+
+    def of_features(self, features: Tensor) -> Tensor:
+        """λ for (B, F) float64 features."""
+        x = (features - self.mean) / self.scale
+        for number, (weight, bias) in enumerate(self.layers):
+            x = (x.tanh() if number else x) @ weight.T + bias
+        return torch.sigmoid(x[:, 0])
+
+
+LAMBDA_FEATURES = (
+    "log of the nearest distance",
+    "log of the mean distance of the nearest eight",
+    "log of the farthest distance",
+    "entropy of the neighbours' weights",
+    "weight of the nearest",
+    "p_knn of the nearest one's token",
+    "whether that token is the LM's guess",
+    "log p_knn of the LM's guess",
+    "how many different tokens the nearest eight hold",
+    "log-probability of the LM's guess",
+    "entropy of p_lm",
+    "margin of the LM's guess",
+)
+_NEAR = 8
+_FLOOR = 1e-9  # probabilities below it are all the same to the network
+
+
+def lambda_features(neighbors: Neighbors, knn_temperature: Tensor, signals: LMSignals) -> Tensor:
+    """What `Learned` looks at, (B, F) float64, in the order of LAMBDA_FEATURES; zeros in rows without neighbours.
+
+    Arguments as for `LambdaRule`.
+    """
+    present = neighbors.entry_ids >= 0
+    log_weights = neighbor_log_weights(neighbors, knn_temperature).double()
+    weights = log_weights.exp()
+    distances = neighbors.distances.double().masked_fill(~present, 0.0)
+    near = present[:, :_NEAR]
+    first = neighbors.values[:, :1]
+    guess = signals.guess[:, None]
+    features = torch.stack(
+        [
+            torch.log1p(distances[:, 0]),
+            torch.log1p(distances[:, :_NEAR].sum(dim=1) / near.sum(dim=1).clamp(min=1)),
+            torch.log1p(distances.amax(dim=1)),
+            -torch.where(weights > 0, weights * log_weights, 0.0).sum(dim=1),
+            weights[:, 0],
+            (weights * (neighbors.values == first)).sum(dim=1),
+            (first == guess)[:, 0].double(),
+            (weights * (neighbors.values == guess)).sum(dim=1).clamp(min=_FLOOR).log(),
+            _distinct(neighbors.values[:, :_NEAR].masked_fill(~near, -1)),
+            signals.max_log_prob.double(),
+            signals.entropy.double(),
+            signals.margin.double(),
+        ],
+        dim=1,
+    )
+    return features.masked_fill(~present[:, :1], 0.0)
+
+
+def _distinct(values: Tensor) -> Tensor:
+    """How many different values but −1 each row of (B, K) holds."""
+    ordered = values.sort(dim=1).values
+    changes = (ordered[:, 1:] != ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    return (changes.sum(dim=1) + (ordered[:, 0] >= 0)).double()

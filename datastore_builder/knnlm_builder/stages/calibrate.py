@@ -18,13 +18,23 @@ from knnlm_builder.stages.fit import (
     TAU_STEPS_PER_OCTAVE,
     Evidence,
     Interval,
+    Known,
     bootstrap_gain,
     choose,
-    mixed_log_probs,
+)
+from knnlm_builder.stages.fit_lambda import (
+    EPOCHS,
+    HIDDEN,
+    MAX_BUCKETS,
+    PREFERENCE,
+    VALIDATION_SHARE,
+    apply_rule,
+    fit_rules,
+    rules_of,
 )
 from knnlm_builder.stages.held_out import BLOCK_TOKENS, Queries, search_all
 from knnlm_builder.stages.plan import Plan, PlannedDocument
-from knnlm_core.datastore.calibration import Calibration, calibration_id
+from knnlm_core.datastore.calibration import Calibration, LambdaModeName, calibration_id
 from knnlm_core.datastore.reader import Datastore
 
 MAX_K = 1024
@@ -62,7 +72,7 @@ class Calibrated(NamedTuple):
 def calibrate(
     datastore: Datastore, plan: Plan, queries: Queries, *, seed: int, nprobe: int, reporter: Reporter
 ) -> Calibrated:
-    """Choose k, τ and λ for one version.
+    """Choose k and τ for one version, and λ or a rule for it.
 
     Every second held-out document (by hash) is for fitting, the others are for the report; a single document is cut in
     the middle. The settings published are those fitted, so the report is of text that they have never seen.
@@ -70,10 +80,20 @@ def calibrate(
     k = min(MAX_K, datastore.entries)
     evidence = search_all(queries, lambda keys: datastore.search(keys, k, nprobe=nprobe or None), reporter)
     for_fit = _fit_rows(queries, plan.held_out)
-    chosen, fits = choose(evidence.take(for_fit.nonzero()[:, 0]))
-    for_report = evidence.take((~for_fit).nonzero()[:, 0])
+    to_fit, for_report = (evidence.take(rows.nonzero()[:, 0]) for rows in (for_fit, ~for_fit))
+    chosen, fits = choose(to_fit)
+    fitted_rules = fit_rules(to_fit, chosen, seed=seed)
     fitted = set(queries.documents[for_fit].tolist())
-    report = measure(for_report, chosen.k, chosen.knn_temperature, chosen.lmbda, seed)
+    nearest = for_report.nearest(chosen.k)
+    lambdas: dict[LambdaModeName, Tensor] = {
+        "fixed": torch.full((len(nearest.base),), chosen.lmbda, dtype=torch.float64),
+        **{
+            name: apply_rule(rule, nearest, chosen.knn_temperature)
+            for name, rule in rules_of(fitted_rules.rules).items()
+        },
+    }
+    reports = {name: measure(nearest, chosen.knn_temperature, lmbda, seed) for name, lmbda in lambdas.items()}
+    report = reports[fitted_rules.mode]
     protocol: dict[str, JsonValue] = {
         "held_out_unit": plan.held_out_unit,
         "held_out_documents": [document.id for document in plan.held_out],
@@ -88,6 +108,13 @@ def calibrate(
             "last": TAU_FACTORS[-1],
             "steps_per_octave": TAU_STEPS_PER_OCTAVE,
         },
+        "lambda_rules": {
+            "buckets": MAX_BUCKETS,
+            "hidden": HIDDEN,
+            "epochs": EPOCHS,
+            "validation_share": VALIDATION_SHARE,
+            "plainer_within": PREFERENCE,
+        },
         "bootstrap_block_tokens": BLOCK_TOKENS,
         "seed": seed,
     }
@@ -97,6 +124,8 @@ def calibrate(
         k=chosen.k,
         knn_temperature=chosen.knn_temperature,
         lmbda=chosen.lmbda,
+        lambda_mode=fitted_rules.mode,
+        lambda_rules=fitted_rules.rules,
         protocol=protocol,
         report={
             "tokens": report.tokens,
@@ -106,8 +135,17 @@ def calibrate(
             "base": {"nll_per_token": report.base_nll, "perplexity": report.base_perplexity},
             "mixed": {"nll_per_token": report.mixed_nll, "perplexity": report.mixed_perplexity},
             "gain": report.gain.gain,
-            "gain_interval_95": [report.gain.low, report.gain.high] if report.blocks >= MIN_INTERVAL_BLOCKS else None,
+            "gain_interval_95": _interval(report),
             "blocks": report.blocks,
+            "lambda_modes": {
+                name: {
+                    "perplexity": of_mode.mixed_perplexity,
+                    "gain": of_mode.gain.gain,
+                    "gain_interval_95": _interval(of_mode),
+                    "validation_nll": fitted_rules.validation_nll.get(name),
+                }
+                for name, of_mode in reports.items()
+            },
             "fits": [{"k": f.k, "knn_temperature": f.knn_temperature, "lambda": f.lmbda, "nll": f.nll} for f in fits],
             "nprobe": nprobe,
         },
@@ -116,10 +154,16 @@ def calibrate(
     return Calibrated(calibration, lmbda_curves(for_report, fits))
 
 
-def measure(evidence: Evidence, k: int, knn_temperature: float, lmbda: float, seed: int) -> Report:
-    """Base and mixed NLL of some held-out tokens, with the interval of the gain."""
-    evidence = evidence.nearest(k)
-    mixed = mixed_log_probs(evidence, knn_temperature, lmbda)
+def _interval(report: Report) -> list[JsonValue] | None:
+    return [report.gain.low, report.gain.high] if report.blocks >= MIN_INTERVAL_BLOCKS else None
+
+
+def measure(evidence: Evidence, knn_temperature: float, lmbda: Tensor, seed: int) -> Report:
+    """Base and mixed NLL of some held-out tokens, with the interval of the gain.
+
+    Args:   lmbda: (N,) float64, λ of each.
+    """
+    mixed = Known.of(evidence, knn_temperature).log_probs(lmbda)
     return Report(
         len(mixed),
         -float(evidence.base.double().mean()),

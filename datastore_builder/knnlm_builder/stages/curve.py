@@ -58,6 +58,10 @@ def draw_curves(path: Path, curves: Sequence[Curve], calibration: Calibration) -
     )  # fmt: skip
     # Where λ is far too large perplexity explodes and would flatten everything worth seeing.
     lowest = min(min(curve.perplexities) for curve in curves)
+    if calibration.lambda_mode != "fixed":
+        by_rule = float(calibration.report["mixed"]["perplexity"])  # type: ignore[index, call-overload, arg-type]
+        axes.axhline(by_rule, color="k", linewidth=1, label=f"λ per token, {calibration.lambda_mode}  {by_rule:.3f}")
+        lowest = min(lowest, by_rule)
     axes.set_ylim(lowest - 0.08 * (base - lowest) - 1e-3 * base, base + 0.6 * (base - lowest) + 0.02 * base)
     axes.set_xlim(0, 1)
     axes.set_xlabel("λ, weight of p_knn")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from knnlm_core.knn.distribution import has_neighbors, target_log_probs
 from knnlm_core.knn.interpolation import interpolate_targets
+from knnlm_core.signals import LMSignals
 from knnlm_core.types import Neighbors
 
 K_CHOICES = (8, 32, 128, 1024)
@@ -32,11 +33,12 @@ class Evidence(NamedTuple):
     neighbors: Neighbors  # (N, K), nearest first
     targets: Tensor  # (N,)
     blocks: Tensor  # (N,) int64, which block of neighbouring tokens each belongs to, for the bootstrap
+    signals: LMSignals  # of the LM's prediction of each
 
     def take(self, rows: Tensor) -> Evidence:
         """Some of the tokens."""
         neighbors = Neighbors(*(part[rows] for part in self.neighbors))
-        return Evidence(self.base[rows], neighbors, self.targets[rows], self.blocks[rows])
+        return Evidence(self.base[rows], neighbors, self.targets[rows], self.blocks[rows], self.signals.take(rows))
 
     def nearest(self, k: int) -> Evidence:
         """The same tokens with fewer neighbours."""
@@ -52,12 +54,30 @@ class Fit(NamedTuple):
     nll: float
 
 
-def mixed_log_probs(evidence: Evidence, knn_temperature: float, lmbda: float) -> Tensor:
-    """(N,) log p of each token under the mixture; a token without neighbours keeps the base LM's."""
-    count = len(evidence.base)
-    found = has_neighbors(evidence.neighbors)
-    knn = target_log_probs(evidence.neighbors, evidence.targets, knn_temperature=torch.full((count,), knn_temperature))
-    return interpolate_targets(evidence.base, knn, torch.where(found, lmbda, 0.0))
+class Known(NamedTuple):
+    """What λ is to be judged by: N tokens under both distributions."""
+
+    base: Tensor  # (N,) float64, log p_lm of the token
+    knn: Tensor  # (N,) float64, log p_knn; −inf where no neighbour holds it
+    found: Tensor  # (N,) bool, whether there is any neighbour
+
+    @classmethod
+    def of(cls, evidence: Evidence, knn_temperature: float) -> Self:
+        """At one τ."""
+        tau = torch.full((len(evidence.base),), knn_temperature)
+        knn = target_log_probs(evidence.neighbors, evidence.targets, knn_temperature=tau)
+        return cls(evidence.base.double(), knn.double(), has_neighbors(evidence.neighbors))
+
+    def log_probs(self, lmbda: Tensor | float) -> Tensor:
+        """(N,) log p of each token under the mixture; a token without neighbours keeps the base LM's.
+
+        Args:   lmbda: one for all tokens, or (N,) float64.
+        """
+        return interpolate_targets(self.base, self.knn, torch.where(self.found, lmbda, 0.0).double())
+
+    def nll(self, lmbda: Tensor | float) -> float:
+        """Mean negative log-likelihood, nats per token."""
+        return -float(self.log_probs(lmbda).mean())
 
 
 def fit(evidence: Evidence, k: int) -> Fit:

@@ -13,8 +13,9 @@ from knnlm_builder.progress import Reporter
 from knnlm_builder.stages.encode import encode_windows
 from knnlm_builder.stages.fit import Evidence
 from knnlm_builder.stages.plan import Plan, PlannedDocument
-from knnlm_core.lm.head import log_probs_of_targets
+from knnlm_core.lm.head import targets_and_signals
 from knnlm_core.lm.protocol import CausalLM
+from knnlm_core.signals import LMSignals, join_signals
 from knnlm_core.types import Neighbors
 
 Search = Callable[[Tensor], Neighbors]
@@ -32,10 +33,12 @@ class Queries(NamedTuple):
     targets: Tensor  # (N,)
     blocks: Tensor  # (N,)
     documents: Tensor  # (N,) int64, position of the document in the list
+    signals: LMSignals
 
     def take(self, rows: Tensor) -> Queries:
         """Some of the tokens."""
-        return Queries(*(part[rows] for part in self))
+        columns = (column[rows] for column in self[:-1])
+        return Queries(*columns, self.signals.take(rows))  # type: ignore[call-arg, arg-type]
 
 
 def encode_held_out(
@@ -47,21 +50,25 @@ def encode_held_out(
     sizes = [-(-document.num_entries // BLOCK_TOKENS) for document in documents]
     first_block = [0, *accumulate(sizes)]
     columns: list[tuple[Tensor, ...]] = []
+    signals: list[LMSignals] = []
     with reporter.stage("Encode held-out text", sum(w.num_targets for _, w in windows), "tokens") as advance:
         for part in encode_windows(lm, plan, windows, batch_tokens, advance):
             targets = torch.from_numpy(part.values.astype("int64"))
             count, document = len(targets), order[id(part.document)]
             positions = part.window.first_target - 1 + torch.arange(count)
+            base, signals_here = targets_and_signals(lm, part.hidden, targets.to(part.hidden.device))
+            signals.append(LMSignals(*(column.cpu() for column in signals_here)))
             columns.append(
                 (
                     part.keys.cpu(),
-                    log_probs_of_targets(lm, part.hidden, targets.to(part.hidden.device)).cpu(),
+                    base.cpu(),
                     targets,
                     first_block[document] + positions // BLOCK_TOKENS,
                     torch.full((count,), document),
                 )
             )
-    return Queries(*(torch.cat(column) for column in zip(*columns, strict=True)))
+    joined = [torch.cat(column) for column in zip(*columns, strict=True)]
+    return Queries(*joined, join_signals(signals))  # type: ignore[call-arg, arg-type]
 
 
 def search_all(queries: Queries, search: Search, reporter: Reporter, title: str = "Search held-out") -> Evidence:
@@ -72,4 +79,4 @@ def search_all(queries: Queries, search: Search, reporter: Reporter, title: str 
             parts.append(search(keys))
             advance(len(keys))
     neighbors = Neighbors(*(torch.cat(column) for column in zip(*parts, strict=True)))
-    return Evidence(queries.base, neighbors, queries.targets, queries.blocks)
+    return Evidence(queries.base, neighbors, queries.targets, queries.blocks, queries.signals)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from knnlm_builder.stages.fit import Evidence, Fit, fit, mixed_log_probs
+from knnlm_builder.stages.fit import Evidence, Fit, Known, fit
 from knnlm_builder.stages.held_out import Queries
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.datastore.recall import row_recall
@@ -72,12 +72,12 @@ def choose_nprobe(datastore: Datastore, queries: Queries, k: int, *, seed: int) 
 
 
 def _evidence(sample: Queries, neighbors: Neighbors) -> Evidence:
-    return Evidence(sample.base, neighbors, sample.targets, sample.blocks)
+    return Evidence(sample.base, neighbors, sample.targets, sample.blocks, sample.signals)
 
 
 def _measure(nprobe: int, found: Evidence, exact: Evidence, best: Fit, k: int) -> RecallGate:
     def nll(evidence: Evidence) -> float:
-        return -float(mixed_log_probs(evidence, best.knn_temperature, best.lmbda).double().mean())
+        return Known.of(evidence, best.knn_temperature).nll(best.lmbda)
 
     return RecallGate(
         nprobe,

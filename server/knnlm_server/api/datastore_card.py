@@ -39,6 +39,7 @@ def _render_calibration(calibration: Calibration) -> dict[str, Any]:
     """What requests use and how good it was; the protocol's long lists of digests stay in the file."""
     return {
         **calibration.settings(),
+        "lambda_modes": ["fixed", *(mode for mode, rule in calibration.lambda_rules if rule is not None)],
         "report": calibration.report,
         "held_out_documents": calibration.protocol.get("held_out_documents"),
     }

@@ -9,7 +9,7 @@ from knnlm_core.datastore.entries import Entries
 from knnlm_core.datastore.exclusion import merge_ranges
 from knnlm_core.errors import DocumentNotFound, InvalidParameter, ModelNotFound
 from knnlm_core.knn.gates import ALWAYS, parse_gate
-from knnlm_core.retrieval import MAX_SOURCES, Retrieval, Source
+from knnlm_core.retrieval import MAX_SOURCES, Retrieval, Source, with_lambda_mode
 from knnlm_core.types import EntryRange
 from knnlm_server.api.schemas.common import MAX_EXCLUDED_DOCUMENTS, KnnBody, WeightedDatastore
 from knnlm_server.api.state import Backend, Service
@@ -197,13 +197,14 @@ def _source(datastore: Entries, knn: KnnBody, exclude: tuple[EntryRange, ...]) -
             f"datastore {datastore.name!r} has no calibration, so `knn.{missing[0]}` must be given",
             param=f"knn.{missing[0]}",
         )
-    return Source(
+    source = Source(
         datastore=datastore,
         k=knn.k if knn.k is not None else calibration.k,  # type: ignore[union-attr]
         knn_temperature=knn.temperature if knn.temperature is not None else calibration.knn_temperature,  # type: ignore[union-attr]
         lmbda=knn.lmbda if knn.lmbda is not None else calibration.lmbda,  # type: ignore[union-attr]
         exclude=exclude,
     )
+    return with_lambda_mode(source, calibration, knn.mode_of_lambda)
 
 
 def _excluded(datastores: Sequence[Entries], document_ids: Sequence[str]) -> list[tuple[EntryRange, ...]]:

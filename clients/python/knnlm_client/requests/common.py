@@ -47,7 +47,8 @@ class KnnOptions(RequestPart):
         weights: of several: `"given"`, or `"prompt"`: by how well each one predicts the end of the prompt.
         k: neighbours per query and datastore.
         temperature: τ > 0, divides squared distances; it is not the sampling temperature.
-        lmbda: λ in [0, 1], the weight of p_knn; `"lambda"` on the wire.
+        lmbda: λ in [0, 1], the weight of p_knn, the same for every token; `"lambda"` on the wire.
+        lambda_mode: `"fixed"`, or a rule of the calibration that sets λ per token: `"bucketed"`, `"rrc"`, `"learned"`.
         gate: which gate decides when to search.
         gate_threshold: the gate's threshold, in the gate's own units.
         speculate: draft tokens from a neighbour's continuation.
@@ -63,6 +64,7 @@ class KnnOptions(RequestPart):
     lmbda: float | None = Field(
         default=None, validation_alias=AliasChoices("lmbda", "lambda"), serialization_alias="lambda"
     )
+    lambda_mode: str | None = None
     gate: str | None = None
     gate_threshold: float | None = None
     speculate: bool | None = None

@@ -65,6 +65,8 @@ def copy_calibration(root: Path, name: str, calibration: str, version: str, *, w
         k=old.k,
         knn_temperature=old.knn_temperature,
         lmbda=old.lmbda,
+        lambda_mode=old.lambda_mode,
+        lambda_rules=old.lambda_rules,
         gate=old.gate,
         protocol=protocol,
         report=_not_naming(old.report, without),

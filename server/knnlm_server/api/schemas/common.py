@@ -21,6 +21,7 @@ from pydantic import (
 from knnlm_core.errors import InvalidKnnParams, InvalidParameter, UnsupportedFeature
 from knnlm_core.knn.fusion import Fusion
 from knnlm_core.knn.gates import MAX_PERIOD, GateMode
+from knnlm_core.knn.lambdas import LambdaMode, parse_lambda_mode
 from knnlm_core.retrieval import MAX_K, MAX_SOURCES, MAX_TEMPERATURE, MIN_TEMPERATURE
 from knnlm_server.api.schemas.limits import shown
 
@@ -127,7 +128,13 @@ class KnnBody(ClosedBody):
         default=None, description="τ: divides squared distances."
     )
     lmbda: Annotated[float, shown(minimum=0, maximum=1)] | None = Field(
-        default=None, alias="lambda", description="λ: weight of p_knn, 0 … 1."
+        default=None, alias="lambda", description="λ: weight of p_knn, 0 … 1, the same for every token."
+    )
+    lambda_mode: Annotated[str, shown(enum=list(LambdaMode))] | None = Field(
+        default=None,
+        description="How λ is set: `fixed` at the calibrated number or at `lambda`, or per token by a rule of the "
+        "calibration, which was fitted for its k and τ: by the nearest distance (`bucketed`), by relative retrieval "
+        "confidence (`rrc`), or by a small network (`learned`).",
     )
     gate: Annotated[str, shown(enum=list(GateMode))] | None = Field(
         default=None,
@@ -156,6 +163,13 @@ class KnnBody(ClosedBody):
             raise InvalidKnnParams(
                 "`knn.gate_threshold` needs `knn.gate`, and this request names none", param="knn.gate_threshold"
             )
+
+    @property
+    def mode_of_lambda(self) -> LambdaMode | None:
+        """How λ is to be set, if the request says so. Raises InvalidKnnParams: see `parse_lambda_mode`."""
+        if self.lambda_mode is not None:
+            return parse_lambda_mode(self.lambda_mode, beside=self.lmbda is not None)
+        return LambdaMode.FIXED if self.lmbda is not None else None
 
     @property
     def stores(self) -> list[WeightedDatastore]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from knnlm_core.datastore.calibration import LambdaModeName
 from knnlm_core.datastore.layout import DIGEST_PATTERN, NAME_PATTERN
 from knnlm_core.datastore.manifest import Digest16
 from knnlm_server.api.schemas.common import ClosedBody, NonEmpty, Off
@@ -48,7 +49,9 @@ class CalibrationReport(BaseModel):
     id: Digest16
     k: int = Field(ge=1)
     temperature: float = Field(gt=0, description="τ, in units of squared distance.")
-    lmbda: float = Field(alias="lambda", ge=0, le=1)
+    lmbda: float = Field(alias="lambda", ge=0, le=1, description="The best single λ.")
+    lambda_mode: LambdaModeName = Field(description="How λ is set where a request does not say.")
+    lambda_modes: list[LambdaModeName] = Field(description="Those that `knn.lambda_mode` may name.")
     gate: Literal["always"]
     helps: bool = Field(description="Whether the mixture beat the base LM.")
     report: dict[str, JsonValue]
