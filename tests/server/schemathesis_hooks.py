@@ -24,6 +24,8 @@ CONTEXT = {
     "names no datastore": r"needs? a datastore, and this request names none",
     "names two datastores": r"`model` names datastore .* they must agree",
     "gate that has no effect": r"`knn.gate` must be always here",
+    "rule for λ that there is not, or not with these": r"`knn.lambda_mode` must be (one that|fixed where)"
+    r"|`knn.lambda_mode` \w+ holds for the calibrated",
     "threshold of another gate": r"`knn.gate_threshold` (needs `knn.gate`|must (not )?be given|of \w+ must be)",
     "mixture of several datastores": r"`knn.weights` must (not )?be|`knn.mixture` neighbors (needs one|knows no)"
     r"|must name different datastores|must give a weight to all datastores or to none|exactly one datastore",

@@ -1,0 +1,157 @@
+"""λ set per token by the rules of a calibration: over HTTP, offline, and as a float64 recomputation has it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from live_server import LiveServer
+from small_stores import Start
+
+from knnlm_core.datastore.calibration import (
+    BucketedLambda,
+    LambdaRules,
+    Layer,
+    LearnedLambda,
+    RrcLambda,
+    calibration_id,
+    read_calibration,
+    write_calibration,
+)
+from knnlm_core.datastore.layout import read_current
+from knnlm_core.datastore.publish import set_current
+from knnlm_core.knn.lambdas import LAMBDA_FEATURES
+from knnlm_core.lm.huggingface import HuggingFaceLM
+
+PROMPT = "3. new: Der Käufer schuldet the goods. The café’s landlord must keep its value 🙂."
+LAW = "tiny-lm@law"
+MODES = ("fixed", "bucketed", "rrc", "learned")
+_DRAW = torch.Generator().manual_seed(3)
+_WIDTH = len(LAMBDA_FEATURES)
+RULES = LambdaRules(
+    bucketed=BucketedLambda(edges=(40.0, 50.0, 60.0), lambdas=(0.9, 0.6, 0.3, 0.05)),
+    rrc=RrcLambda(alpha=0.8, scale=0.1),
+    learned=LearnedLambda(
+        features=LAMBDA_FEATURES,
+        mean=tuple(torch.randn(_WIDTH, generator=_DRAW).tolist()),
+        scale=tuple((1 + torch.rand(_WIDTH, generator=_DRAW)).tolist()),
+        layers=(
+            Layer(
+                weight=tuple(map(tuple, torch.randn(4, _WIDTH, generator=_DRAW).tolist())), bias=(0.1, 0.0, -0.2, 0.3)
+            ),
+            Layer(weight=((1.0, -0.5, 0.7, 0.2),), bias=(-0.4,)),
+        ),
+    ),
+)
+
+
+@pytest.fixture
+def server(own_root: Path, start_server: Start) -> LiveServer:
+    """One whose store `law` has a calibration with every rule."""
+    _calibrate(own_root, "law", "learned")
+    return start_server(datastores=own_root, load=("law", "news"))
+
+
+def _calibrate(root: Path, name: str, mode: str) -> None:
+    current = read_current(root, name)
+    assert current.calibration is not None
+    old = read_calibration(root, name, current.calibration)
+    protocol = {**old.protocol, "by": "the test"}
+    new = old.model_copy(
+        update={"id": calibration_id(current.version, protocol), "protocol": protocol, "lambda_mode": mode,
+                "lambda_rules": RULES, "k": 4, "knn_temperature": 15.0}
+    )  # fmt: skip
+    write_calibration(root, name, new)
+    set_current(root, name, current.version, new.id)
+
+
+def traced(server: LiveServer, **knn: Any) -> list[dict[str, Any]]:
+    answer = server.complete(PROMPT, model=LAW, max_tokens=16, ignore_eos=True, knn={"trace": True, **knn})
+    (choice,) = answer["choices"]
+    return list(choice["knn"])
+
+
+def test_the_card_says_which_modes_there_are(server: LiveServer) -> None:
+    calibration = server.http.get("/v1/datastores/law").json()["calibration"]
+    assert (calibration["lambda_mode"], calibration["lambda_modes"]) == ("learned", list(MODES))
+    calibration = server.http.get("/v1/datastores/news").json()["calibration"]
+    assert (calibration["lambda_mode"], calibration["lambda_modes"]) == ("fixed", ["fixed"])
+
+
+def test_a_bucket_and_a_ratio_decide_as_their_formulas_do(server: LiveServer) -> None:
+    seen = set()
+    for entry in traced(server, lambda_mode="bucketed"):
+        nearest = entry["neighbors"][0]["distance"]
+        seen.add(entry["lambda"])
+        assert entry["lambda"] == RULES.bucketed.lambdas[sum(edge < nearest for edge in RULES.bucketed.edges)]  # type: ignore[union-attr]
+        assert entry["p"] == pytest.approx(entry["lambda"] * entry["p_knn"] + (1 - entry["lambda"]) * entry["p_lm"])
+    assert len(seen) > 1
+    for entry in traced(server, lambda_mode="rrc"):
+        ratio = entry["neighbors"][0]["distance"] / entry["neighbors"][-1]["distance"]
+        assert len(entry["neighbors"]) == 4
+        assert entry["lambda"] == pytest.approx(1 / (1 + math.exp((ratio - 0.8) / 0.1)), rel=1e-5)
+
+
+@pytest.mark.parametrize("gate", [{}, {"gate": "confidence", "gate_threshold": 0.14}], ids=["always", "confidence"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_greedy_generation_is_scored_as_it_was_generated(
+    server: LiveServer, lm: HuggingFaceLM, mode: str, gate: dict[str, Any]
+) -> None:
+    trace = traced(server, lambda_mode=mode, **gate)
+    ids = [*lm.tokenizer.encode(PROMPT), *(entry["token_id"] for entry in trace)]
+    knn = {"lambda_mode": mode, **gate}
+    scored = server.score([ids], model=LAW, per_token=True, window=256, knn=knn)["results"][0]["per_token"]
+    for told, entry in zip(trace, scored[-len(trace) :], strict=True):
+        assert entry["lambda"] == pytest.approx(told["lambda"], abs=1e-4)
+        assert entry["mixed"] == pytest.approx(math.log(told["p"]), abs=1e-4)
+    lambdas = {round(entry["lambda"], 6) for entry in trace if entry["searched"]}
+    assert (len(lambdas) == 1) is (mode == "fixed")
+
+
+def test_what_a_request_leaves_open_the_calibration_decides(server: LiveServer) -> None:
+    def lambdas(**knn: Any) -> list[float]:
+        return [entry["lambda"] for entry in traced(server, **knn)]
+
+    learned = lambdas(lambda_mode="learned")
+    assert lambdas() == learned
+    assert lambdas(k=4, temperature=15.0) == learned  # the calibrated ones
+    fixed = server.http.get("/v1/datastores/law").json()["calibration"]["lambda"]
+    assert set(lambdas(lambda_mode="fixed")) == {fixed}
+    # A rule holds for the k and τ that it was fitted for.
+    assert set(lambdas(k=5)) == set(lambdas(temperature=9.0)) == {fixed}
+    assert set(lambdas(**{"lambda": 0.125})) == {0.125}
+
+
+@pytest.mark.parametrize(
+    ("model", "knn", "message"),
+    [
+        (LAW, {"lambda_mode": "best"}, "must be one of fixed, bucketed, rrc, learned, got 'best'"),
+        (LAW, {"lambda_mode": "rrc", "lambda": 0.5}, "must be fixed where `knn.lambda` is given, got 'rrc'"),
+        (LAW, {"lambda_mode": "rrc", "k": 5}, "holds for the calibrated k and τ alone, got k 5 and τ 15"),
+        ("tiny-lm@news", {"lambda_mode": "learned"}, "one that the datastore's calibration has (fixed), got 'learned'"),
+    ],
+)
+def test_what_is_wrong_with_a_mode_is_refused(
+    server: LiveServer, model: str, knn: dict[str, Any], message: str
+) -> None:
+    answer = server.post("/v1/completions", {"model": model, "prompt": PROMPT, "knn": knn})
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_knn_params", "knn.lambda_mode")
+    assert message in error["message"]
+
+
+def test_every_store_of_a_mixture_has_its_own_mode(server: LiveServer) -> None:
+    answer = server.complete(PROMPT, model="tiny-lm@law+news", max_tokens=12, ignore_eos=True, knn={"trace": True})
+    (choice,) = answer["choices"]
+    of_law, of_news = ({entry["datastores"][i]["lambda"] for entry in choice["knn"]} for i in (0, 1))
+    assert len(of_law) > 1
+    assert len(of_news) == 1
+    for entry in choice["knn"]:
+        parts = entry["datastores"]
+        assert entry["lambda"] == pytest.approx(math.fsum(part["weight"] * part["lambda"] for part in parts))
+        mixed = math.fsum(part["weight"] * part["lambda"] * part["p_knn"] for part in parts)
+        assert entry["p"] == pytest.approx(mixed + (1 - entry["lambda"]) * entry["p_lm"], abs=1e-5)
