@@ -1,4 +1,4 @@
-"""``knnlm build``."""
+"""``knnlm build`` and ``knnlm calibrate``."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 
-from knnlm_builder.settings import BuildSettings, read_settings
+from knnlm_builder.settings import BuildSettings, CalibrateSettings, read_settings
 
 
-def _option(field: str, *names: str) -> Any:
-    """A command-line option that says what the setting of the same name says, default included."""
-    info = BuildSettings.model_fields[field]
+def _help(kind: type[BaseModel], field: str) -> str:
+    """What the setting of the same name says, default included."""
+    info = kind.model_fields[field]
     default = "" if info.is_required() or info.default in (None, False) else f" (default: {info.default})"
-    return typer.Option(*names, help=f"{info.description}{default}", show_default=False)
+    return f"{info.description}{default}"
+
+
+def _option(field: str, *names: str, of: type[BaseModel] = BuildSettings) -> Any:
+    return typer.Option(*names, help=_help(of, field), show_default=False)
 
 
 def build(
@@ -45,12 +50,40 @@ def build(
     """
     given = dict(locals())
     given["inputs"] = tuple(inputs)
-    settings = read_settings(**given)
-    if settings.threads is not None:
-        # Read by FAISS and torch when they are first imported, below.
-        os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+    settings = read_settings(BuildSettings, **given)
+    _limit_threads(settings.threads)
 
     from knnlm_builder.console import ConsoleReporter  # torch is imported only when it is needed
     from knnlm_builder.pipeline import run_build
 
     run_build(settings, ConsoleReporter(Console(stderr=True)))
+
+
+def calibrate(
+    datastore: Annotated[Path, typer.Argument(help=_help(CalibrateSettings, "datastore"), show_default=False)],
+    model: Annotated[str, _option("model", "--model", of=CalibrateSettings)],
+    dtype: Annotated[str | None, _option("dtype", "--dtype", of=CalibrateSettings)] = None,
+    device: Annotated[str | None, _option("device", "--device", of=CalibrateSettings)] = None,
+    threads: Annotated[int | None, _option("threads", "--threads", of=CalibrateSettings)] = None,
+    batch_tokens: Annotated[int | None, _option("batch_tokens", "--batch-tokens", of=CalibrateSettings)] = None,
+    seed: Annotated[int | None, _option("seed", "--seed", of=CalibrateSettings)] = None,
+    force: Annotated[bool, _option("force", "--force", of=CalibrateSettings)] = False,
+) -> None:
+    """Choose k, τ and how λ is set anew, on the text that the build held out, and make the result current.
+
+    One search of the held-out text is cached; everything is fitted to it, and reported on documents that nothing was
+    fitted on. The published version is not touched, and earlier calibrations stay beside it.
+    """
+    settings = read_settings(CalibrateSettings, **dict(locals()))
+    _limit_threads(settings.threads)
+
+    from knnlm_builder.console import ConsoleReporter
+    from knnlm_builder.recalibrate import run_calibrate
+
+    run_calibrate(settings, ConsoleReporter(Console(stderr=True)))
+
+
+def _limit_threads(threads: int | None) -> None:
+    if threads is not None:
+        # Read by FAISS and torch when they are first imported.
+        os.environ["OMP_NUM_THREADS"] = str(threads)

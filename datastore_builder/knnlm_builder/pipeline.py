@@ -19,7 +19,7 @@ from knnlm_builder.stages.calibrate import MAX_K, MIN_SCORED_TOKENS, calibrate
 from knnlm_builder.stages.curve import CURVE, Curve, draw_curves
 from knnlm_builder.stages.held_out import encode_held_out
 from knnlm_builder.stages.plan import Plan, ShardPlan, make_plan
-from knnlm_builder.stages.recall import GateResult, RecallGate, choose_nprobe
+from knnlm_builder.stages.recall import GateResult, choose_nprobe
 from knnlm_builder.stages.shards import build_indexes, build_shard
 from knnlm_builder.stages.verify import SelfCheck, verify, verify_as_reader
 from knnlm_core.datastore import layout
@@ -120,7 +120,11 @@ def _build(
         check = verify(datastore, plan, nprobe=gate.nprobe, seed=settings.seed)
     finally:
         datastore.close()
-    _say_calibration(calibration, gate, reporter)
+    reporter.say(
+        f"Index: recall@32 {gate.recall_at_32:.3f}, recall@{MAX_K} {gate.recall_at_k:.3f}"
+        + (f" at nprobe {gate.nprobe}" if gate.nprobe else " (exact)")
+    )
+    say_calibration(calibration, reporter)
     if not calibration.helps and not settings.force:
         raise DatastoreDoesNotHelp(
             f"on held-out text the mixture reaches perplexity {_perplexity(calibration, 'mixed'):.3f}, the base LM "
@@ -280,16 +284,13 @@ def _say_plan(plan: Plan, reporter: Reporter) -> None:
     )
 
 
-def _say_calibration(calibration: Calibration, gate: RecallGate, reporter: Reporter) -> None:
+def say_calibration(calibration: Calibration, reporter: Reporter) -> None:
+    """Tell what was chosen, and what it is worth."""
     report = calibration.report
     interval = "too little held-out text for an interval"
     if report["gain_interval_95"] is not None:
         low, high = report["gain_interval_95"]  # type: ignore[misc, str-unpack]
         interval = f"95 % interval {-100 * float(high):+.1f} … {-100 * float(low):+.1f} %"  # type: ignore[arg-type]
-    reporter.say(
-        f"Index: recall@32 {gate.recall_at_32:.3f}, recall@{MAX_K} {gate.recall_at_k:.3f}"
-        + (f" at nprobe {gate.nprobe}" if gate.nprobe else " (exact)")
-    )
     mode = "" if calibration.lambda_mode == "fixed" else f", set per token by the rule {calibration.lambda_mode!r}"
     reporter.say(
         f"Calibrated: k = {calibration.k}, τ = {calibration.knn_temperature:.3g}, λ = {calibration.lmbda:.2f}{mode}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -46,10 +47,28 @@ class BuildSettings(BaseModel):
         return settle_windows(self.window, self.stride, max_length=max_length)
 
 
-def read_settings(**given: object) -> BuildSettings:
+class CalibrateSettings(BaseModel):
+    """Settings of one calibration of a published version."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str = Field(description="Language model that the datastore was built with: hub id, folder or GGUF file.")
+    datastore: Path = Field(description="The datastore, as ROOT/NAME; its current version is calibrated.")
+    dtype: str = Field(default="auto", description="Weights: auto, float32, bfloat16 or float16.")
+    device: str = Field(default="auto", description="auto, cpu or cuda[:N].")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; by default what torch and FAISS choose.")
+    batch_tokens: int = Field(default=4096, ge=1, description="Padded tokens per forward pass.")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of what is fitted on and of the bootstrap.")
+    force: bool = Field(default=False, description="Replace the calibration even if the datastore does not help.")
+
+
+SettingsT = TypeVar("SettingsT", bound=BaseModel)
+
+
+def read_settings(kind: type[SettingsT], **given: object) -> SettingsT:
     """Settings from arguments; None means not given. Raises InvalidParameter: naming the field and its value."""
     try:
-        return BuildSettings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        return kind(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))

@@ -134,7 +134,7 @@ def given(folder: Path, *inputs: Path, **changes: object) -> BuildSettings:
         "stride": 20,
         "held_out_fraction": 0.2,
     }
-    return read_settings(**{**defaults, **changes})
+    return read_settings(BuildSettings, **{**defaults, **changes})
 
 
 def build(settings: BuildSettings, lm: HuggingFaceLM | None = None, reporter: Recorder | None = None) -> BuildResult:

@@ -18,12 +18,14 @@ from knnlm_builder.corpus import (
     CorpusStats,
     NearDuplicateFilter,
     SourceDocument,
+    SourceLocation,
     is_candidate,
     read_documents,
     split_tail,
 )
 from knnlm_builder.progress import Reporter
 from knnlm_builder.settings import BuildSettings
+from knnlm_core.datastore.reader import Datastore
 from knnlm_core.errors import EmptyCorpus
 from knnlm_core.lm.tokenizer import Tokenizer
 from knnlm_core.types import EntryRange
@@ -198,6 +200,19 @@ def make_plan(
     if wanted_tokens <= sum(document.num_tokens for document in held_out) <= plan.num_entries:
         return replace(plan, held_out=held_out, near_duplicates=len(returned))
     return _with_tails(replace(plan, near_duplicates=len(returned)), documents, settings)
+
+
+def plan_held_out(datastore: Datastore, tokenizer: Tokenizer, folder: Path, dead: Collection[str]) -> Plan:
+    """A plan of the documents alone that a version's build held out, without those deleted or learned since."""
+    held_out = []
+    with _Spool(folder) as spool:
+        for document in datastore.held_out_documents():
+            if not {document.id, document.id.removesuffix(TAIL_SUFFIX)} & set(dead):
+                place = SourceLocation(datastore.folder)
+                held_out.append(spool.add(SourceDocument(document.id, document.text, place), tokenizer))
+    context = datastore.manifest.context
+    unit = "tails" if any(document.id.endswith(TAIL_SUFFIX) for document in held_out) else "documents"
+    return Plan(folder, WindowSizes(context.window, context.stride), [], held_out, unit, 0, 0, CorpusStats())
 
 
 class _Spool:
