@@ -2,11 +2,13 @@
 
 Store: training pages shuffled with seed 0, the first 300,000 entries, built by `knnlm build` with its defaults (windows
 of 1024 tokens, stride 512); k, τ and λ calibrated on training pages held out by that build. Evaluation: all eval pages,
-each token scored once, window 1024, stride 512. Nothing is tuned on what is reported. The interval is a block bootstrap
-over blocks of 128 tokens inside a page, 2,000 resamples; a second one draws whole pages.
+each token scored once, window 1024, stride 512, with every way of setting λ that the calibration has; headline and
+pages are of the one that it chose, on held-out training pages. Nothing is tuned on what is reported. The interval is a
+block bootstrap over blocks of 128 tokens inside a page, 2,000 resamples; a second one draws whole pages.
 
 Recomputation: for every second page by length, its first two windows: keys are encoded, the store's own neighbours are
-looked up by id, and distances, softmax and mixture are computed in numpy float64 from the keys on disk.
+looked up by id, and distances, softmax and mixture are computed in numpy float64 from the keys on disk, with the λ that
+was served.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from knnlm_client import Client
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.loading import load_lm
+from knnlm_core.lm.protocol import Rows
 from knnlm_core.windows import rolling_windows
 
 ENTRIES, WINDOW, STRIDE, BLOCK = 300_000, 1024, 512, 128
@@ -45,7 +48,8 @@ def main() -> None:
     root = args.work / "datastores"
     build(args.model, args.data, args.work, root)
     pages = read_rows(args.data / "eval.jsonl.gz")
-    scores, datastore = score_pages(args.model, root, pages)
+    by_mode, datastore = score_pages(args.model, root, pages)
+    scores = by_mode[datastore["calibration"]["lambda_mode"]]
     base = [np.array([t["base"] for t in page]) for page in scores]
     mixed = [np.array([t["mixed"] for t in page]) for page in scores]
     worst, checked = recompute(args.model, root, pages, scores)
@@ -57,6 +61,16 @@ def main() -> None:
     page_ids = torch.tensor(np.repeat(np.arange(len(base)), [len(page) for page in base]))
     by_block = bootstrap_gain(all_base, all_mixed, block_ids, seed=0)
     by_page = bootstrap_gain(all_base, all_mixed, page_ids, seed=0)
+    modes = {}
+    for mode, of_mode in by_mode.items():
+        log_probs = torch.tensor([t["mixed"] for page in of_mode for t in page])
+        blocks_gain, pages_gain = (bootstrap_gain(all_base, log_probs, ids, seed=0) for ids in (block_ids, page_ids))
+        modes[mode] = {
+            "perplexity": math.exp(-float(log_probs.double().mean())),
+            "gain": blocks_gain.gain,
+            "gain_interval_95_blocks": [blocks_gain.low, blocks_gain.high],
+            "gain_interval_95_pages": [pages_gain.low, pages_gain.high],
+        }
     per_page = [math.exp(float((b - m).mean())) - 1 for b, m in zip(base, mixed, strict=True)]
     calibration = datastore["calibration"]
     result: dict[str, Any] = {
@@ -65,7 +79,8 @@ def main() -> None:
         "entries": datastore["entries"],
         "pages": len(pages),
         "tokens": len(all_base),
-        "settings_used": {name: calibration[name] for name in ("k", "temperature", "lambda")},
+        "settings_used": {name: calibration[name] for name in ("k", "temperature", "lambda", "lambda_mode")},
+        "lambda_modes": modes,
         "calibration_report": {n: calibration["report"][n] for n in ("tokens", "base", "mixed", "gain")},
         "perplexity": {"base": math.exp(-float(all_base.mean())), "mixed": math.exp(-float(all_mixed.mean()))},
         "gain": by_block.gain,
@@ -101,14 +116,20 @@ def build(model: str, data: Path, work: Path, root: Path) -> None:
     subprocess.run([sys.executable, "-m", "knnlm_cli", *command, "--max-tokens", str(ENTRIES)], check=True)
 
 
-def score_pages(model: str, root: Path, pages: list[dict[str, Any]]) -> tuple[list[list[dict[str, Any]]], Any]:
-    """Per-token scores of every page from a running server, and the server's description of the store."""
+def score_pages(
+    model: str, root: Path, pages: list[dict[str, Any]]
+) -> tuple[dict[str, list[list[dict[str, Any]]]], Any]:
+    """Per-token scores of every page from a running server by λ mode, and the server's description of the store."""
     with served(model, root, NAME, port=PORT) as server, Client(server.url, timeout=3600) as client:
-        scores = []
-        for page in track(pages, description="Score"):
-            answer = client.score([page["text"]], model=f"{MODEL}@{NAME}", per_token=True, window=WINDOW, stride=STRIDE)
-            scores.append([t.model_dump(by_alias=True) for t in answer.results[0].per_token or []])
-        return scores, httpx.get(f"{server.url}/v1/datastores/{NAME}").json()
+        datastore = httpx.get(f"{server.url}/v1/datastores/{NAME}").json()
+        by_mode: dict[str, list[list[dict[str, Any]]]] = {}
+        for mode in datastore["calibration"]["lambda_modes"]:
+            options = {"per_token": True, "window": WINDOW, "stride": STRIDE, "knn": {"lambda_mode": mode}}
+            by_mode[mode] = []
+            for page in track(pages, description=f"Score, λ {mode}"):
+                answer = client.score([page["text"]], model=f"{MODEL}@{NAME}", **options)  # type: ignore[arg-type]
+                by_mode[mode].append([t.model_dump(by_alias=True) for t in answer.results[0].per_token or []])
+        return by_mode, datastore
 
 
 @torch.inference_mode()
@@ -127,31 +148,32 @@ def recompute(
             first = window.first_target - 1 - window.begin
             rows = lm.encode([ids[window.begin : window.end - 1]], [first])
             targets = ids[window.first_target : window.end]
-            log_p = _mixture(lm, store, rows.keys, rows.hidden, targets)
-            served = [t["mixed"] for t in scores[i][window.first_target - 1 : window.end - 1]]
+            here = scores[i][window.first_target - 1 : window.end - 1]
+            log_p = _mixture(lm, store, rows, targets, [t["lambda"] for t in here])
+            served = [t["mixed"] for t in here]
             worst = max(worst, float(np.abs(log_p - np.array(served)).max()))
             checked += len(targets)
     return worst, checked
 
 
 def _mixture(
-    lm: HuggingFaceLM, store: Datastore, keys: torch.Tensor, hidden: torch.Tensor, targets: list[int]
+    lm: HuggingFaceLM, store: Datastore, rows: Rows, targets: list[int], lambdas: list[float]
 ) -> np.ndarray[Any, Any]:
     """log p of each target, token by token, in float64, dense over the vocabulary."""
     c = store.calibration
     assert c is not None
-    found = store.search(keys, c.k)
+    found = store.search(rows.keys, c.k)
     result = []
-    for row, target in enumerate(targets):
-        logits = lm.logits(hidden[row : row + 1])[0].double().numpy()
+    for row, (target, lmbda) in enumerate(zip(targets, lambdas, strict=True)):
+        logits = lm.logits(rows.hidden[row : row + 1])[0].double().numpy()
         p_lm = np.exp(logits - logits.max())
         p_lm /= p_lm.sum()
         ids = found.entry_ids[row]
-        distances = ((store.keys(ids).double() - keys[row].double()) ** 2).sum(dim=1).numpy()
+        distances = ((store.keys(ids).double() - rows.keys[row].double()) ** 2).sum(dim=1).numpy()
         weights = np.exp(-(distances - distances.min()) / c.knn_temperature)
         p_knn = np.zeros_like(p_lm)
         np.add.at(p_knn, store.values(ids).numpy(), weights / weights.sum())
-        result.append(math.log(c.lmbda * p_knn[target] + (1 - c.lmbda) * p_lm[target]))
+        result.append(math.log(lmbda * p_knn[target] + (1 - lmbda) * p_lm[target]))
     return np.array(result)
 
 

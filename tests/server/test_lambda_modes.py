@@ -155,3 +155,20 @@ def test_every_store_of_a_mixture_has_its_own_mode(server: LiveServer) -> None:
         assert entry["lambda"] == pytest.approx(math.fsum(part["weight"] * part["lambda"] for part in parts))
         mixed = math.fsum(part["weight"] * part["lambda"] * part["p_knn"] for part in parts)
         assert entry["p"] == pytest.approx(mixed + (1 - entry["lambda"]) * entry["p_lm"], abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_neighbours_are_mixed_with_the_lambda_of_their_context(
+    server: LiveServer, lm: HuggingFaceLM, mode: str
+) -> None:
+    ids = lm.tokenizer.encode(PROMPT)
+    body = {"model": LAW, "input": [ids], "knn": {"lambda_mode": mode}, "limit": 4}
+    answer = server.post("/v1/neighbors", body)
+    assert answer.status_code == 200, answer.text
+    (first,) = server.complete(ids, model=LAW, max_tokens=1, knn={"lambda_mode": mode, "trace": True})["choices"][0][
+        "knn"
+    ]
+    (result,) = answer.json()["results"]
+    for token in result["next_tokens"]:
+        mixed = first["lambda"] * token["p_knn"] + (1 - first["lambda"]) * token["p_lm"]
+        assert token["p"] == pytest.approx(mixed, abs=1e-6)

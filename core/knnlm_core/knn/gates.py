@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from knnlm_core.errors import InvalidKnnParams, UnsupportedFeature
-from knnlm_core.signals import LMSignals, join_signals
+from knnlm_core.signals import LMSignals, join_signals, lm_signals
 
 Tokens = Sequence[int] | NDArray[np.integer[Any]]
 
@@ -41,6 +41,19 @@ class Context(NamedTuple):
     def take(self, rows: Tensor | slice) -> Context:
         """Some of the rows."""
         return Context(self.signals.take(rows), self.positions[rows], self.last_tokens[rows])
+
+
+def context_of(lm_log_probs: Tensor, before: Sequence[tuple[int, Sequence[int]]]) -> Context:
+    """Of B predictions.
+
+    Args:
+        lm_log_probs: (B, V) float32, log-softmaxed.
+        before: per row, how many tokens come before the one to be predicted, and the last two of them or more.
+    """
+    device = lm_log_probs.device
+    last = [(-1, -1, *tokens[-2:])[-2:] for _, tokens in before]
+    positions = torch.tensor([position for position, _ in before], device=device)
+    return Context(lm_signals(lm_log_probs), positions, torch.tensor(last, device=device))
 
 
 def join_contexts(parts: Sequence[Context]) -> Context:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from knnlm_core.errors import KnnlmError
 from knnlm_core.knn.distribution import token_log_probs
+from knnlm_core.knn.gates import context_of
 from knnlm_core.lm.protocol import CausalLM
 from knnlm_core.mixture import Found, find
 from knnlm_core.retrieval import Retrieval
@@ -101,10 +102,11 @@ def find_neighbors(
     Raises: KnnlmError: the datastore could not be searched.
     """
     rows = lm.encode(contexts, [len(context) - 1 for context in contexts])
-    found = find(rows.keys, [retrieval] * len(contexts))
+    lm_log_probs = torch.log_softmax(lm.logits(rows.hidden), dim=1)  # (B, V)
+    known = context_of(lm_log_probs, [(len(context), context) for context in contexts])
+    found = find(rows.keys, [retrieval] * len(contexts), known)
     for error in found.failures.values():
         raise error
-    lm_log_probs = torch.log_softmax(lm.logits(rows.hidden), dim=1)  # (B, V)
     by_token = token_log_probs(found.neighbors.values, found.log_weights)
     log_probs, at = by_token.log_probs.topk(min(limit, by_token.log_probs.shape[1]), dim=1)
     token_ids = by_token.token_ids.gather(1, at)  # (B, U)

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from knnlm_core.errors import KnnlmError
-from knnlm_core.knn.gates import Context
+from knnlm_core.knn.gates import context_of
 from knnlm_core.lm.head import LOGIT_ELEMENTS_PER_CHUNK
 from knnlm_core.lm.protocol import CausalLM, Rows, Span
 from knnlm_core.mixture import MixedRows, mix_rows
 from knnlm_core.retrieval import NEIGHBORS_AT_ONCE, Retrieval
-from knnlm_core.signals import lm_signals
 from knnlm_server.engine.events import PromptEvent, TokenTrace, TopTokens
 from knnlm_server.engine.request import Choice, CompletionRequest
 from knnlm_server.engine.sampler import SampleRow, sample, top_logprobs
@@ -155,7 +154,7 @@ def _score_prompt(lm: CausalLM, output: Rows, scored: _ScoredRows) -> Iterator[P
         lm_log_probs = torch.log_softmax(lm.logits(output.hidden[rows]), dim=1)
         context = None
         if request.retrieval is not None and request.retrieval.needs_context:
-            context = _context(lm_log_probs, [(t, request.prompt_ids[max(0, t - 2) : t]) for t in positions])
+            context = context_of(lm_log_probs, [(t, request.prompt_ids[max(0, t - 2) : t]) for t in positions])
         mixed = mix_rows(lm_log_probs, output.keys[rows], [request.retrieval] * count, context)
         for error in mixed.found.failures.values():
             yield StepFailure(request, error)
@@ -184,7 +183,7 @@ def _next_tokens(
     retrievals = [row.request.retrieval for row in wanted]
     context = None
     if any(retrieval is not None and retrieval.needs_context for retrieval in retrievals):
-        context = _context(lm_log_probs, [_before(row.request, row.choices[0]) for row in wanted])
+        context = context_of(lm_log_probs, [_before(row.request, row.choices[0]) for row in wanted])
     mixed = mix_rows(lm_log_probs, output.keys[index], retrievals, context)
     failures = [StepFailure(wanted[row].request, error) for row, error in mixed.found.failures.items()]
     owners = [
@@ -205,14 +204,6 @@ def _before(request: CompletionRequest, choice: Choice) -> tuple[int, Sequence[i
     """How many tokens come before a choice's next one, and the last two of them."""
     last = (*request.prompt_ids[-2:], *choice.token_ids[-2:])[-2:]
     return len(request.prompt_ids) + len(choice.token_ids), last
-
-
-def _context(lm_log_probs: Tensor, before: Sequence[tuple[int, Sequence[int]]]) -> Context:
-    """Of B predictions, before each of which come so many tokens, the last two of them (or fewer) given."""
-    device = lm_log_probs.device
-    last = [(-1, -1, *tokens)[-2:] for _, tokens in before]
-    positions = torch.tensor([position for position, _ in before], device=device)
-    return Context(lm_signals(lm_log_probs), positions, torch.tensor(last, device=device))
 
 
 _RowOwner = tuple[int, CompletionRequest, Choice]  # row of the mixture, and whose token it gives
