@@ -20,7 +20,8 @@ CONTEXT = {
     "context length": r"must be at most \d+ tokens together|of \d+ tokens",
     "vocabulary": r"token ids?\b.*(\d+ … \d+|from 0 to \d+), got|holds token id \d+; ids must be in",
     "no token": r"`prompt` must hold at least 1 token, got 0",
-    "sequences at once": r"`n` must be at most \d+, the number of sequences|must hold 1 … \d+ (prompts|texts)",
+    "sequences at once": r"`(n|best_of)` must be at most \d+, the number of sequences"
+    r"|must hold 1 … \d+ (prompts|texts)",
     "names no datastore": r"needs? a datastore, and this request names none",
     "names two datastores": r"`model` names datastore .* they must agree",
     "gate that has no effect": r"`knn.gate` must be always here",

@@ -526,7 +526,8 @@ def test_a_datastore_is_described(live_server: LiveServer, published: Published)
     assert law == listed["data"][0]
     calibration = law.pop("calibration")
     assert calibration.keys() == {
-        "id", "k", "temperature", "lambda", "gate", "helps", "report", "held_out_documents",
+        "id", "k", "temperature", "lambda", "lambda_mode", "lambda_modes", "gate", "helps", "report",
+        "held_out_documents",
     }  # fmt: skip
     assert law.keys() == {
         "object", "name", "version", "generation", "revision", "state", "entries", "bytes", "unit", "documents",

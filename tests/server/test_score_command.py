@@ -197,6 +197,7 @@ def test_what_was_used_is_said_with_who_chose_it(
         "k": {"value": 3, "source": "command line"},
         "temperature": {"value": calibration.knn_temperature, "source": by_calibration},
         "lambda": {"value": calibration.lmbda, "source": by_calibration},
+        "lambda_mode": {"value": "fixed", "source": "default"},
         "gate": {"value": "always", "source": by_calibration},
     }
     assert (old["window"]["value"], old["stride"]["value"], old["window"]["source"]) == (256, 128, "default")
