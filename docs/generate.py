@@ -20,6 +20,7 @@ DATASTORE = ("list", "inspect", "verify", "diff", "export", "compact", "forget",
 COMMANDS = (
     None,
     "build",
+    "calibrate",
     "serve",
     "score",
     "datastore",

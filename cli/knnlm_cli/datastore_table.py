@@ -149,6 +149,8 @@ def _versions(versions: Sequence[Mapping[str, Any]], shown: str) -> Table:
 def _calibration(calibration: Mapping[str, Any]) -> str:
     helps = "" if calibration["helps"] else ", does not help"
     settings = f"k {calibration['k']}, τ {calibration['temperature']:.4g}, λ {calibration['lambda']:.3g}"
+    if calibration.get("lambda_mode", "fixed") != "fixed":
+        settings += f", set per token: {calibration['lambda_mode']}"
     return f"{calibration['id']}: {settings}{helps}"
 
 

@@ -178,7 +178,7 @@ def _retrieval(datastore: Snapshot, settings: Mapping[str, Setting], excluded: S
     threshold = settings.get("gate_threshold")
     gate = parse_gate(str(settings["gate"].value), float(threshold.value) if threshold is not None else None)
     mode = parse_lambda_mode(str(settings["lambda_mode"].value), beside=settings["lambda"].source == COMMAND_LINE)
-    retrieval = Retrieval((with_lambda_mode(source, datastore.calibration, mode),)).gated(gate)
+    retrieval = Retrieval((with_lambda_mode(source, datastore.calibration, mode, datastore.name),)).gated(gate)
     retrieval.check()
     return retrieval
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from knnlm_cli.score_settings import ScoreSettings
-from knnlm_core.errors import InvalidParameter
+from knnlm_core.errors import InvalidKnnParams, InvalidParameter
 from knnlm_core.windows import settle_windows
 
 COMMAND_LINE = "command line"
@@ -62,6 +62,8 @@ def choose_retrieval(settings: ScoreSettings, name: str, calibration: Mapping[st
     Raises:   InvalidParameter: neither says anything of k, τ or λ.
     """
     given = settings.knn_given()
+    if "gate_threshold" in given and "gate" not in given:
+        raise InvalidKnnParams("`knn.gate_threshold` needs `knn.gate`, and none is given", param="knn.gate_threshold")
     found: dict[str, Setting] = {}
     for field in RETRIEVAL:
         if field in given:

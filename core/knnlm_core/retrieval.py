@@ -33,9 +33,10 @@ class Searchable(Protocol):
         ...
 
 
-def lambda_rule(rules: LambdaRules, mode: LambdaMode) -> LambdaRule | None:
+def lambda_rule(rules: LambdaRules, mode: LambdaMode, name: str) -> LambdaRule | None:
     """One of a calibration's rules, ready to be applied; None for `LambdaMode.FIXED`.
 
+    Args:   name: of the datastore, for messages.
     Raises:
         InvalidKnnParams: nothing of the kind was fitted.
         DatastoreMismatch: the rule looks at features that this build does not know.
@@ -50,7 +51,7 @@ def lambda_rule(rules: LambdaRules, mode: LambdaMode) -> LambdaRule | None:
         learned = rules.learned
         if learned.features != LAMBDA_FEATURES:
             raise DatastoreMismatch(
-                "the calibration",
+                name,
                 field="lambda_rules.learned.features",
                 have=", ".join(learned.features)[:500],
                 need=", ".join(LAMBDA_FEATURES),
@@ -60,7 +61,7 @@ def lambda_rule(rules: LambdaRules, mode: LambdaMode) -> LambdaRule | None:
         return Learned(_numbers(learned.mean), _numbers(learned.scale), layers)
     offered = ", ".join(["fixed", *(name for name, rule in rules if rule is not None)])
     raise InvalidKnnParams(
-        f"`knn.lambda_mode` must be one that the datastore's calibration has ({offered}), got {str(mode)!r}",
+        f"`knn.lambda_mode` must be one that the calibration of datastore {name!r} has ({offered}), got {str(mode)!r}",
         param="knn.lambda_mode",
     )
 
@@ -106,8 +107,16 @@ class Source:
             raise InvalidKnnParams(f"`knn.lambda` must be in 0 … 1, got {self.lmbda:g}", param="knn.lambda")
 
 
-def with_lambda_mode(source: Source, calibration: Calibration | None, mode: LambdaMode | None) -> Source:
-    """Let a rule of the datastore's calibration set λ.
+def check_lambda_rules(calibration: Calibration | None, name: str) -> None:
+    """Raises DatastoreMismatch: a rule looks at what this build does not know."""
+    if calibration is not None:
+        for mode in LambdaMode:
+            if getattr(calibration.lambda_rules, mode, None) is not None:
+                lambda_rule(calibration.lambda_rules, mode, name)
+
+
+def with_lambda_mode(source: Source, calibration: Calibration | None, mode: LambdaMode | None, name: str) -> Source:
+    """Let a rule of the calibration of datastore ``name`` set λ.
 
     Rules were fitted for the calibrated k and τ. Without a mode, a source that keeps to these gets the calibrated one;
     for another k or τ the single λ holds.
@@ -124,7 +133,7 @@ def with_lambda_mode(source: Source, calibration: Calibration | None, mode: Lamb
         if calibration is None or not fits:
             return source
         mode = LambdaMode(calibration.lambda_mode)
-    rule = lambda_rule(calibration.lambda_rules if calibration is not None else LambdaRules(), mode)
+    rule = lambda_rule(calibration.lambda_rules if calibration is not None else LambdaRules(), mode, name)
     if rule is not None and not fits:
         raise InvalidKnnParams(
             f"`knn.lambda_mode` {mode} holds for the calibrated k and τ alone, got k {source.k} and "

@@ -31,7 +31,9 @@ def exclusive(folder: Path) -> Iterator[Path]:
         raise InvalidParameter(f"`output`: {folder} cannot be written: {error.strerror}", param="output") from error
     with file as lock:
         if not try_lock(lock):
-            raise BuildConflict(f"another build of this datastore is under way in {folder}")
+            raise BuildConflict(
+                f"another build of this datastore is under way, or a change of its versions, in {folder}"
+            )
         plan = folder / _PLAN
         shutil.rmtree(plan, ignore_errors=True)
         plan.mkdir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -12,17 +11,17 @@ import torch
 from knnlm_builder.pipeline import say_calibration
 from knnlm_builder.progress import Reporter
 from knnlm_builder.settings import CalibrateSettings
-from knnlm_builder.stages.calibrate import Calibrated, calibrate
+from knnlm_builder.stages.calibrate import MIN_SCORED_TOKENS, Calibrated, calibrate
 from knnlm_builder.stages.curve import CURVE, draw_curves
 from knnlm_builder.stages.held_out import encode_held_out
 from knnlm_builder.stages.plan import plan_held_out
 from knnlm_core.datastore import layout
-from knnlm_core.datastore.calibration import Calibration, write_calibration
+from knnlm_core.datastore.calibration import Calibration, read_calibration, write_calibration
 from knnlm_core.datastore.ledger_file import read_ledger
 from knnlm_core.datastore.lock import lock_versions
 from knnlm_core.datastore.publish import set_current
 from knnlm_core.datastore.reader import Datastore
-from knnlm_core.errors import DatastoreDoesNotHelp, DatastoreNotFound
+from knnlm_core.errors import DatastoreDoesNotHelp, EmptyCorpus
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.loading import LoadOptions, load_lm
 
@@ -32,10 +31,10 @@ def run_calibrate(settings: CalibrateSettings, reporter: Reporter) -> Calibratio
 
     Raises:
         DatastoreNotFound: no such datastore.
-        DatastoreBusy: a build, a compaction or a purge of the name is under way.
+        DatastoreBusy: a build, a calibration, a compaction or a purge of the name is under way.
         DatastoreMismatch: it was built with another model.
-        DatastoreDoesNotHelp: the version keeps no text to calibrate on, or the mixture is no better than the base LM;
-            then nothing has changed.
+        EmptyCorpus: the version keeps no text to calibrate on.
+        DatastoreDoesNotHelp: the mixture is no better than the base LM. Then, as always, nothing has changed.
     """
     name = layout.check_name(settings.datastore.name)
     if settings.threads is not None:
@@ -61,13 +60,14 @@ def calibrate_with(lm: HuggingFaceLM, settings: CalibrateSettings, reporter: Rep
                 "(--force replaces it all the same)"
             )
         if calibration.id in layout.calibration_ids(root, name):
+            calibration = read_calibration(root, name, calibration.id)
             if layout.read_current(root, name).calibration == calibration.id:
                 reporter.say("The same settings, text and model: this calibration is the current one already")
                 return calibration
-            shutil.rmtree(layout.calibration_folder(root, name, calibration.id))
-        beside = write_calibration(root, name, calibration)
-        if problem := draw_curves(beside / CURVE, made.curves, calibration):
-            reporter.say(f"{CURVE} is not drawn: {problem}")
+        else:
+            beside = write_calibration(root, name, calibration)
+            if problem := draw_curves(beside / CURVE, made.curves, calibration):
+                reporter.say(f"{CURVE} is not drawn: {problem}")
         set_current(root, name, datastore.version, calibration.id)
         reporter.say(f"{name} version {datastore.version} is served with calibration {calibration.id} from now on")
     return calibration
@@ -78,8 +78,8 @@ def _calibrated(
 ) -> Calibrated:
     dead = read_ledger(settings.datastore.parent, datastore.name).killed
     plan = plan_held_out(datastore, lm.tokenizer, folder, dead)
-    if not plan.held_out:
-        raise DatastoreNotFound(
+    if sum(document.num_entries for document in plan.held_out) < MIN_SCORED_TOKENS:
+        raise EmptyCorpus(
             f"{datastore.name!r} version {datastore.version} keeps no held-out text to calibrate on; build it anew"
         )
     queries = encode_held_out(lm, plan, plan.held_out, batch_tokens=settings.batch_tokens, reporter=reporter)

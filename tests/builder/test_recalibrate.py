@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small_build import Recorder, build, given, prose, tiny_lm, write_jsonl
 
@@ -12,10 +13,14 @@ from knnlm_builder.recalibrate import calibrate_with, run_calibrate
 from knnlm_builder.settings import BuildSettings, CalibrateSettings, read_settings
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.calibration import read_calibration
+from knnlm_core.datastore.documents import Document
 from knnlm_core.datastore.ledger import ledger_lock
+from knnlm_core.datastore.living import LivingName
 from knnlm_core.datastore.lock import lock_versions
+from knnlm_core.datastore.maintenance.compact import compact
 from knnlm_core.datastore.reader import Datastore
-from knnlm_core.errors import DatastoreBusy, DatastoreMismatch, DatastoreNotFound, InvalidParameter
+from knnlm_core.datastore.segments import NewDocument
+from knnlm_core.errors import DatastoreBusy, DatastoreMismatch, DatastoreNotFound, EmptyCorpus, InvalidParameter
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +65,7 @@ def test_another_seed_is_another_calibration_and_the_old_one_stays(built: BuildS
     assert told.said[-1].endswith(f"is served with calibration {made.id} from now on")
     with Datastore.open(built.output, "law", checksums=True) as store:
         assert store.calibration == made
-    # What an interrupted run left, or an earlier one, is written again and made current.
+    # An earlier one is made current again, as it is.
     assert calibrate_with(tiny_lm(), settings_of(built), Recorder()).id == before.calibration
     assert layout.read_current(built.output, "law") == before
 
@@ -72,6 +77,22 @@ def test_held_out_text_that_was_deleted_is_not_looked_at(built: BuildSettings) -
         ledger.delete(held_out[:1])
     made = calibrate_with(tiny_lm(), settings_of(built, force=True), Recorder())
     assert made.protocol["held_out_documents"] == held_out[1:]
+
+
+def test_held_out_text_that_the_version_has_taken_in_is_not_looked_at(built: BuildSettings) -> None:
+    with Datastore.open(built.output, "law") as store:
+        held_out = list(store.held_out_documents())
+        living = LivingName(built.output, "law")
+        tokens = np.array(tiny_lm().tokenizer.encode(held_out[0].text))
+        keys = tiny_lm().encode([tokens.tolist()], [0]).keys[:-1].numpy().astype(np.float16)
+        same = NewDocument(Document("the same", held_out[0].text), keys, tokens[1:], np.zeros((len(keys), 2), np.int64))
+        living.add([same], living.snapshot(store))
+    compact(built.output, "law")
+    made = calibrate_with(tiny_lm(), settings_of(built, force=True), Recorder())
+    looked_at = made.protocol["held_out_documents"]
+    assert isinstance(looked_at, list)
+    assert looked_at
+    assert held_out[0].id not in looked_at
 
 
 def test_what_cannot_be_calibrated_is_refused_and_keeps_its_calibration(built: BuildSettings) -> None:
@@ -95,5 +116,5 @@ def test_a_version_without_held_out_text_says_so(built: BuildSettings) -> None:
     manifest.model_copy(update={"files": files}).write(folder / layout.MANIFEST)
     shutil.rmtree(built.output / "law" / "calibrations")
     layout.write_current(built.output, "law", layout.Current(manifest.version, None))
-    with pytest.raises(DatastoreNotFound, match="keeps no held-out text to calibrate on; build it anew"):
+    with pytest.raises(EmptyCorpus, match="keeps no held-out text to calibrate on; build it anew"):
         calibrate_with(tiny_lm(), settings_of(built), Recorder())

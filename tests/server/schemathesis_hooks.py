@@ -17,7 +17,7 @@ import schemathesis
 # What a schema cannot say, by its error's message: limits of the model and of what is loaded, fields that must agree.
 CONTEXT = {
     "conversation that the template refuses": r"the chat template refuses `messages`",
-    "context length": r"must be at most \d+ tokens together|of \d+ tokens",
+    "context length": r"must be at most \d+ tokens together|of \d+ tokens|at most \d+ tokens per context",
     "vocabulary": r"token ids?\b.*(\d+ … \d+|from 0 to \d+), got|holds token id \d+; ids must be in",
     "no token": r"`prompt` must hold at least 1 token, got 0",
     "sequences at once": r"`(n|best_of)` must be at most \d+, the number of sequences"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from live_server import LiveServer
+from pydantic import ValidationError
 from small_stores import Start
 
 from knnlm_core.datastore.calibration import (
@@ -55,14 +56,14 @@ def server(own_root: Path, start_server: Start) -> LiveServer:
     return start_server(datastores=own_root, load=("law", "news"))
 
 
-def _calibrate(root: Path, name: str, mode: str) -> None:
+def _calibrate(root: Path, name: str, mode: str, rules: LambdaRules = RULES) -> None:
     current = read_current(root, name)
     assert current.calibration is not None
     old = read_calibration(root, name, current.calibration)
     protocol = {**old.protocol, "by": "the test"}
     new = old.model_copy(
         update={"id": calibration_id(current.version, protocol), "protocol": protocol, "lambda_mode": mode,
-                "lambda_rules": RULES, "k": 4, "knn_temperature": 15.0}
+                "lambda_rules": rules, "k": 4, "knn_temperature": 15.0}
     )  # fmt: skip
     write_calibration(root, name, new)
     set_current(root, name, current.version, new.id)
@@ -131,7 +132,7 @@ def test_what_a_request_leaves_open_the_calibration_decides(server: LiveServer) 
         (LAW, {"lambda_mode": "best"}, "must be one of fixed, bucketed, rrc, learned, got 'best'"),
         (LAW, {"lambda_mode": "rrc", "lambda": 0.5}, "must be fixed where `knn.lambda` is given, got 'rrc'"),
         (LAW, {"lambda_mode": "rrc", "k": 5}, "holds for the calibrated k and τ alone, got k 5 and τ 15"),
-        ("tiny-lm@news", {"lambda_mode": "learned"}, "one that the datastore's calibration has (fixed), got 'learned'"),
+        ("tiny-lm@news", {"lambda_mode": "learned"}, "the calibration of datastore 'news' has (fixed), got 'learned'"),
     ],
 )
 def test_what_is_wrong_with_a_mode_is_refused(
@@ -172,3 +173,44 @@ def test_neighbours_are_mixed_with_the_lambda_of_their_context(
     for token in result["next_tokens"]:
         mixed = first["lambda"] * token["p_knn"] + (1 - first["lambda"]) * token["p_lm"]
         assert token["p"] == pytest.approx(mixed, abs=1e-6)
+
+
+def test_a_rule_over_features_that_are_not_known_is_refused_when_it_is_loaded(
+    own_root: Path, start_server: Start
+) -> None:
+    learned = RULES.learned
+    assert learned is not None
+    strange = RULES.model_copy(
+        update={"learned": learned.model_copy(update={"features": ("the weather", *LAMBDA_FEATURES[1:])})}
+    )
+    _calibrate(own_root, "law", "learned", strange)
+    server = start_server(datastores=own_root, load=("news",))
+    answer = server.http.put("/v1/datastores/law", json={})
+    assert answer.status_code == 409, answer.text
+    assert answer.json()["error"]["code"] == "datastore_mismatch"
+    message = answer.json()["error"]["message"]
+    assert "'law' does not fit: lambda_rules.learned.features is" in message
+    assert "the weather, " in message
+    assert [store["name"] for store in server.http.get("/v1/datastores").json()["data"]] == ["news"]
+
+
+ONE_FEATURE: dict[str, Any] = {"features": ["a"], "mean": [0.0], "scale": [1.0]}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rrc": {"alpha": 1e300, "scale": 0.1}},
+        {"rrc": {"alpha": 0.5, "scale": 1e-300}},
+        {"bucketed": {"edges": [3.0, 1.0], "lambdas": [0.1, 0.2, 0.3]}},
+        {"bucketed": {"edges": [3.0], "lambdas": [0.1, 1.2]}},
+        {"bucketed": {"edges": [3.0], "lambdas": [0.1]}},
+        {"learned": {**ONE_FEATURE, "layers": [{"weight": [[1e300]], "bias": [0.0]}]}},
+        {"learned": {**ONE_FEATURE, "scale": [0.0], "layers": [{"weight": [[1.0]], "bias": [0.0]}]}},
+        {"learned": {**ONE_FEATURE, "layers": [{"weight": [[1.0, 2.0]], "bias": [0.0]}]}},
+        {"learned": {**ONE_FEATURE, "layers": [{"weight": [[1.0], [1.0]], "bias": [0.0, 0.0]}]}},
+    ],
+)
+def test_rules_that_are_no_rules_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        LambdaRules.model_validate(changes)

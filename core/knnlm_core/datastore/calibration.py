@@ -16,12 +16,17 @@ from knnlm_core.errors import BuildConflict, DatastoreCorrupt
 
 MAX_CALIBRATION_BYTES = 4 * 1024 * 1024
 MAX_BUCKETS = 1024
-MAX_LAYER_WIDTH = 1024
+MAX_LAYER_WIDTH = 64
 
 LambdaModeName = Literal["fixed", "bucketed", "rrc", "learned"]
 
 
 Lambda = Annotated[float, Field(ge=0, le=1)]
+
+
+# Far beyond what fits of finite features need, and far from what could overflow.
+Number = Annotated[float, Field(ge=-1e6, le=1e6)]
+Scale = Annotated[float, Field(ge=1e-6, le=1e6)]
 
 
 class _Part(BaseModel):
@@ -49,15 +54,15 @@ class BucketedLambda(_Part):
 class RrcLambda(_Part):
     """λ by how much nearer the nearest neighbour is than the farthest."""
 
-    alpha: float
-    scale: Annotated[float, Field(gt=0)]
+    alpha: Number
+    scale: Scale
 
 
 class Layer(_Part):
     """Of a network: ``out`` rows of ``in`` weights each, and ``out`` biases."""
 
-    weight: tuple[tuple[float, ...], ...] = Field(min_length=1, max_length=MAX_LAYER_WIDTH)
-    bias: tuple[float, ...]
+    weight: tuple[tuple[Number, ...], ...] = Field(min_length=1, max_length=MAX_LAYER_WIDTH)
+    bias: tuple[Number, ...]
 
 
 class LearnedLambda(_Part):
@@ -70,8 +75,8 @@ class LearnedLambda(_Part):
     """
 
     features: tuple[str, ...] = Field(min_length=1, max_length=MAX_LAYER_WIDTH)
-    mean: tuple[float, ...]
-    scale: tuple[Annotated[float, Field(gt=0)], ...]
+    mean: tuple[Number, ...]
+    scale: tuple[Scale, ...]
     layers: tuple[Layer, ...] = Field(min_length=1, max_length=8)
 
     @model_validator(mode="after")
@@ -166,12 +171,18 @@ def read_calibration(root: Path, name: str, calibration: str) -> Calibration:
 
 def find_calibration(root: Path, name: str, version: str) -> str | None:
     """The id of a version's newest calibration, for a version that CURRENT does not name; None if it has none."""
+    found = calibrations_of(root, name, version)
+    return found[-1] if found else None
+
+
+def calibrations_of(root: Path, name: str, version: str) -> list[str]:
+    """The ids of a version's calibrations, the newest last."""
     found = [
         ((layout.calibration_folder(root, name, calibration) / layout.CALIBRATION).stat().st_mtime_ns, calibration)
         for calibration in layout.calibration_ids(root, name)
         if read_calibration(root, name, calibration).datastore_version == version
     ]
-    return max(found)[1] if found else None
+    return [calibration for _, calibration in sorted(found)]
 
 
 def write_calibration(root: Path, name: str, calibration: Calibration) -> Path:

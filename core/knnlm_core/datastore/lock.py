@@ -17,7 +17,7 @@ def lock_versions(root: Path, name: str) -> Iterator[Path]:
 
     Raises:
         DatastoreNotFound: no such name.
-        DatastoreBusy: a build, a compaction or a purge of the name is under way.
+        DatastoreBusy: a build, a calibration, a compaction or a purge of the name is under way.
         DatastoreReadOnly: the folder cannot be written.
     """
     folder = layout.name_folder(root, name)
@@ -29,5 +29,5 @@ def lock_versions(root: Path, name: str) -> Iterator[Path]:
         raise DatastoreReadOnly(f"{folder} cannot be written: {error.strerror}") from error
     with file:
         if not try_lock(file):
-            raise DatastoreBusy(f"a build, a compaction or a purge of {name!r} is under way in {folder}")
+            raise DatastoreBusy(f"a build, a calibration, a compaction or a purge of {name!r} is under way in {folder}")
         yield folder

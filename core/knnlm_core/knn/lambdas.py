@@ -17,6 +17,9 @@ from knnlm_core.knn.distribution import neighbor_log_weights
 from knnlm_core.signals import LMSignals
 from knnlm_core.types import Neighbors
 
+# What a rule may say at most: with λ = 1 a token that no neighbour holds would be impossible.
+MAX_RULE_LAMBDA = 0.99
+
 
 class LambdaMode(StrEnum):
     """How λ is set."""
@@ -72,14 +75,15 @@ class Bucketed:
 
     def __call__(self, neighbors: Neighbors, knn_temperature: Tensor, signals: LMSignals) -> Tensor:
         """See `LambdaRule`."""
-        return self.lmbdas[torch.bucketize(neighbors.distances[:, 0].contiguous(), self.edges)]
+        nearest = neighbors.distances[:, 0].contiguous()
+        return self.lmbdas.to(nearest.device)[torch.bucketize(nearest, self.edges.to(nearest.device))]
 
 
 @dataclass(frozen=True, slots=True)
 class Rrc:
     """Relative retrieval confidence (Li et al. 2024, NEST); there λ weighs p_lm, here as everywhere p_knn.
 
-    λ = 1 − σ((d_nearest / d_farthest − α) / s)
+    λ = 1 − σ((d_nearest / d_farthest − α) / s), at most MAX_RULE_LAMBDA
 
     Attributes:
         alpha: α, the ratio of distances at which λ is ½.
@@ -95,14 +99,14 @@ class Rrc:
         farthest = neighbors.distances.masked_fill(~present, 0.0).amax(dim=1).double()
         # Where all neighbours are exact repetitions nothing could be surer.
         ratio = torch.where(farthest > 0, neighbors.distances[:, 0].double() / farthest, 0.0)
-        return torch.sigmoid((self.alpha - ratio) / self.scale)
+        return torch.sigmoid((self.alpha - ratio) / self.scale).clamp(max=MAX_RULE_LAMBDA)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Learned:
     """A small network over what is known after a search: see `lambda_features`.
 
-    λ = σ(W_n tanh(… tanh(W_1 (x − mean) / scale + b_1) …) + b_n)
+    λ = σ(W_n tanh(… tanh(W_1 (x − mean) / scale + b_1) …) + b_n), at most MAX_RULE_LAMBDA
 
     Attributes:
         mean, scale: (F,) float64, scale > 0.
@@ -119,10 +123,11 @@ class Learned:
 
     def of_features(self, features: Tensor) -> Tensor:
         """λ for (B, F) float64 features."""
-        x = (features - self.mean) / self.scale
+        device = features.device
+        x = (features - self.mean.to(device)) / self.scale.to(device)
         for number, (weight, bias) in enumerate(self.layers):
-            x = (x.tanh() if number else x) @ weight.T + bias
-        return torch.sigmoid(x[:, 0])
+            x = (x.tanh() if number else x) @ weight.T.to(device) + bias.to(device)
+        return torch.sigmoid(x[:, 0]).clamp(max=MAX_RULE_LAMBDA)
 
 
 LAMBDA_FEATURES = (

@@ -54,7 +54,7 @@ def draw_curves(path: Path, curves: Sequence[Curve], calibration: Calibration) -
         axes.plot(curve.lmbdas, curve.perplexities, label=f"k = {curve.k}, τ = {curve.knn_temperature:.3g}")
     axes.plot(
         calibration.lmbda, chosen.perplexities[at], "ko", fillstyle="none", markersize=9,
-        label=f"chosen  {chosen.perplexities[at]:.3f} at λ = {calibration.lmbda:.2f}",
+        label=f"best single λ  {chosen.perplexities[at]:.3f} at {calibration.lmbda:.2f}",
     )  # fmt: skip
     # Where λ is far too large perplexity explodes and would flatten everything worth seeing.
     lowest = min(min(curve.perplexities) for curve in curves)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from knnlm_builder.stages.fit import LMBDAS, Evidence, Fit, Known
+from knnlm_builder.stages.fit import LMBDAS, Evidence, Fit, Known, nll_by_lmbda
 from knnlm_core.datastore.calibration import (
     BucketedLambda,
     LambdaModeName,
@@ -38,6 +38,7 @@ EPOCHS = 60
 BATCH_TOKENS = 512
 LEARNING_RATE, WEIGHT_DECAY = 2e-3, 0.1
 VALIDATION_SHARE = 0.2
+_CONSTANT = 1e-6  # a feature that varies less says nothing
 _UNLIKELY = -60.0  # log p_knn of a target that no neighbour holds, so that gradients stay finite
 
 
@@ -64,22 +65,24 @@ def fit_rules(evidence: Evidence, fixed: Fit, *, seed: int) -> RulesFit:
         return RulesFit(LambdaRules(), "fixed", {})
     on_train = _fit_all(train, fixed.knn_temperature, seed)
     known = Known.of(validation, fixed.knn_temperature)
-    nlls: dict[LambdaModeName, float] = {
-        "fixed": known.nll(torch.full((len(known.base),), fixed.lmbda, dtype=torch.float64))
-    }
+    single = LMBDAS[int(nll_by_lmbda(train, fixed.knn_temperature, LMBDAS).argmin())]
+    nlls: dict[LambdaModeName, float] = {"fixed": known.nll(single)}
     for name, rule in rules_of(on_train).items():
         nlls[name] = known.nll(apply_rule(rule, validation, fixed.knn_temperature))
     mode: LambdaModeName = "fixed"
     for name, nll in nlls.items():  # from plain to elaborate
         if nll < nlls[mode] + math.log1p(-PREFERENCE):
             mode = name
-    return RulesFit(_fit_all(evidence, fixed.knn_temperature, seed), mode, nlls)
+    rules = _fit_all(evidence, fixed.knn_temperature, seed)
+    if on_train.learned is None:  # too little text to have been compared
+        rules = rules.model_copy(update={"learned": None})
+    return RulesFit(rules, mode, nlls)
 
 
 def rules_of(rules: LambdaRules) -> dict[LambdaModeName, LambdaRule]:
     """Those that there are, ready to be applied, from plain to elaborate."""
     modes = (LambdaMode.RRC, LambdaMode.BUCKETED, LambdaMode.LEARNED)
-    found = {mode.value: lambda_rule(rules, mode) for mode in modes if getattr(rules, mode) is not None}
+    found = {mode.value: lambda_rule(rules, mode, "") for mode in modes if getattr(rules, mode) is not None}
     return {name: rule for name, rule in found.items() if rule is not None}  # type: ignore[misc]
 
 
@@ -120,10 +123,11 @@ def fit_learned(evidence: Evidence, known: Known, knn_temperature: float, *, see
     """Minimise −log p of the mixture; the epoch is kept that does best on a fifth of the blocks."""
     tau = torch.full((len(evidence.base),), knn_temperature)
     features = lambda_features(evidence.neighbors, tau, evidence.signals)
-    mean, scale = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
+    usable = known.found.nonzero()[:, 0]
+    mean, spread = features[usable].mean(dim=0), features[usable].std(dim=0)
+    scale = torch.where(spread > _CONSTANT, spread, 1.0)
     inputs, knn = (features - mean) / scale, known.knn.clamp(min=_UNLIKELY)
     held = _held_blocks(evidence.blocks, seed + 1)
-    usable = known.found.nonzero()[:, 0]
     train, validation = usable[~held[usable]], usable[held[usable]]
     if not len(validation):
         validation = train

@@ -203,16 +203,32 @@ def make_plan(
 
 
 def plan_held_out(datastore: Datastore, tokenizer: Tokenizer, folder: Path, dead: Collection[str]) -> Plan:
-    """A plan of the documents alone that a version's build held out, without those deleted or learned since."""
+    """A plan of the documents alone that a version's build held out.
+
+    Without those deleted or learned since, and without those whose text the version has taken in since.
+    """
     held_out = []
     with _Spool(folder) as spool:
         for document in datastore.held_out_documents():
             if not {document.id, document.id.removesuffix(TAIL_SUFFIX)} & set(dead):
                 place = SourceLocation(datastore.folder)
                 held_out.append(spool.add(SourceDocument(document.id, document.text, place), tokenizer))
+    if datastore.manifest.revision:
+        held_out = _not_contained(held_out, folder, datastore)
     context = datastore.manifest.context
     unit = "tails" if any(document.id.endswith(TAIL_SUFFIX) for document in held_out) else "documents"
     return Plan(folder, WindowSizes(context.window, context.stride), [], held_out, unit, 0, 0, CorpusStats())
+
+
+def _not_contained(held_out: Sequence[PlannedDocument], folder: Path, datastore: Datastore) -> list[PlannedDocument]:
+    """Those that no more than MAX_CONTAINMENT of is in the entries."""
+    tokens = {d.id: _read(folder / _TOKENS, d.first_token, d.num_tokens) for d in held_out}
+    near = NearDuplicateFilter(tokens)
+    values, starts = datastore.tokens()
+    for document in np.split(values, starts[1:]):
+        near.observe(document)
+    share = near.containment()
+    return [document for document in held_out if share[document.id] <= MAX_CONTAINMENT]
 
 
 class _Spool:

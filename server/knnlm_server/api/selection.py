@@ -204,7 +204,7 @@ def _source(datastore: Entries, knn: KnnBody, exclude: tuple[EntryRange, ...]) -
         lmbda=knn.lmbda if knn.lmbda is not None else calibration.lmbda,  # type: ignore[union-attr]
         exclude=exclude,
     )
-    return with_lambda_mode(source, calibration, knn.mode_of_lambda)
+    return with_lambda_mode(source, calibration, knn.mode_of_lambda, datastore.name)
 
 
 def _excluded(datastores: Sequence[Entries], document_ids: Sequence[str]) -> list[tuple[EntryRange, ...]]:

@@ -18,7 +18,7 @@ from knnlm_core.datastore.index import ivf_spec
 from knnlm_core.datastore.maintenance import export as export_module
 from knnlm_core.datastore.maintenance.compact import compact
 from knnlm_core.datastore.maintenance.diff import Change, diff
-from knnlm_core.datastore.maintenance.export import export_documents, export_entries
+from knnlm_core.datastore.maintenance.export import document_line, export_documents, export_entries
 from knnlm_core.datastore.segments import NewDocument
 from knnlm_core.errors import DatastoreNotFound, InvalidParameter
 
@@ -133,3 +133,10 @@ def test_gzip_is_gzip(tmp_path: Path) -> None:
     export_documents(tmp_path, NAME, tmp_path / "a.jsonl")
     export_documents(tmp_path, NAME, tmp_path / "a.jsonl.gz")
     assert gzip.decompress((tmp_path / "a.jsonl.gz").read_bytes()) == (tmp_path / "a.jsonl").read_bytes()
+
+
+def test_a_document_is_one_line_whatever_a_reader_takes_for_its_end() -> None:
+    text = "a\x85b\u2028c\u2029d\x0be\x0cf\x1cg\r\nh"
+    line = document_line(Document("an\x85id", text, title="\u2028"))
+    assert len(line.splitlines()) == 1
+    assert json.loads(line) == {"id": "an\x85id", "text": text, "title": "\u2028"}

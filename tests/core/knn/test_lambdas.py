@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from knnlm_core.errors import InvalidKnnParams
 from knnlm_core.knn.lambdas import (
     LAMBDA_FEATURES,
+    MAX_RULE_LAMBDA,
     Bucketed,
     LambdaMode,
     LambdaRule,
@@ -140,6 +141,13 @@ def test_the_network_is_the_formula() -> None:
                 for line, b in zip(weight.tolist(), bias.tolist(), strict=True)
             ]
         assert have[row].item() == pytest.approx(1 / (1 + math.exp(-x[0])), rel=1e-12)
+
+
+def test_no_rule_makes_a_token_impossible() -> None:
+    assert apply(Rrc(alpha=0.9, scale=0.01), [[0.0, 1.0]]) == [MAX_RULE_LAMBDA]
+    layer = (torch.zeros(1, 12).double(), torch.tensor([99.0]).double())
+    sure = Learned(torch.zeros(12).double(), torch.ones(12).double(), (layer,))
+    assert apply(sure, [[1.0, 2.0]]) == [MAX_RULE_LAMBDA]
 
 
 # -- what a request asks for -------------------------------------------------------------------------------------------

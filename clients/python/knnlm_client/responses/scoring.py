@@ -46,7 +46,7 @@ class ScoredToken(ResponsePart):
     mixed: float
     lmbda: float = Field(validation_alias=AliasChoices("lambda", "lmbda"), serialization_alias="lambda")
     decision: str
-    searched: bool
+    searched: bool | None = None  # None: a server that does not say
     longest_match: int | None = None  # with `overlap`; see `OverlapBucket`
     attribution: TokenAttribution | None = None  # with `KnnOptions.attribution`
 

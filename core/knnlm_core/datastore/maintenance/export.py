@@ -114,6 +114,10 @@ def _documents(store: Datastore, sources: list[Source], keep: Keep, held_out: bo
         yield from (d for d in store.held_out_documents() if keeps_held_out(keep, d.id, store.manifest.revision))
 
 
+# What some readers take for the end of a line; the ASCII ones are escaped already.
+_LINE_ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
+
+
 def document_line(document: Document) -> str:
     """A document as a line of JSON that `knnlm build` reads; what it does not have is left out."""
     fields: Mapping[str, Any] = {
@@ -124,7 +128,8 @@ def document_line(document: Document) -> str:
         "licence": document.licence,
         "tags": list(document.tags),
     }
-    return json.dumps({k: v for k, v in fields.items() if v not in (None, [])}, ensure_ascii=False) + "\n"
+    line = json.dumps({k: v for k, v in fields.items() if v not in (None, [])}, ensure_ascii=False)
+    return line.translate(_LINE_ENDS) + "\n"
 
 
 def _entry_schema(dim: int | None) -> pa.Schema:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from knnlm_core.datastore import layout
-from knnlm_core.datastore.calibration import read_calibration
+from knnlm_core.datastore.calibration import calibrations_of
 from knnlm_core.datastore.history import revise_history
 from knnlm_core.datastore.layout import Current
 from knnlm_core.datastore.ledger import append_audit, check_document_ids, ledger_lock
@@ -176,12 +176,9 @@ class _Purge:
         return new
 
     def _copied_calibrations(self, version: str, new: str | None) -> dict[str, str]:
-        ids = layout.calibration_ids(self.root, self.name) if new is not None else []
-        return {
-            id_: copy_calibration(self.root, self.name, id_, str(new), without=self.ids)
-            for id_ in ids
-            if read_calibration(self.root, self.name, id_).datastore_version == version
-        }
+        # From the oldest on: the newest of a version is the one that counts where nothing else says so.
+        ids = calibrations_of(self.root, self.name, version) if new is not None else []
+        return {id_: copy_calibration(self.root, self.name, id_, str(new), without=self.ids) for id_ in ids}
 
     def _retarget(self, versions: Mapping[str, str | None], calibrations: Mapping[str, str]) -> None:
         def revised(entry: Current) -> Current | None:
