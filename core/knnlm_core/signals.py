@@ -21,13 +21,35 @@ class LMSignals(NamedTuple):
         return LMSignals(*(column[rows] for column in self))
 
 
-def lm_signals(lm_log_probs: Tensor) -> LMSignals:
-    """Signals of (B, V) float32 log-softmaxed predictions, V ≥ 2."""
-    best = lm_log_probs.topk(2, dim=1)
+class Normalized(NamedTuple):
+    """Signals of B predictions, and what turns their logits into log-probabilities when it is subtracted."""
+
+    signals: LMSignals
+    normalizer: Tensor  # (B,) float32
+
+
+def lm_signals(logits: Tensor) -> LMSignals:
+    """Signals of (B, V) float32 logits, or log-probabilities; V ≥ 2."""
+    return normalized_signals(logits).signals
+
+
+def normalized_signals(logits: Tensor) -> Normalized:
+    """`lm_signals`, reading the logits as few times as can be: scoring does so for every row.
+
+    entropy = log Z − Σ p x      for logits x with p = exp(x) / Z
+    """
+    best = logits.topk(2, dim=1)
     first, second = best.values.unbind(1)
+    mass = (logits - first[:, None]).exp_()
+    total = mass.sum(dim=1)
+    normalizer = first + total.log()
+    mean = torch.bmm(mass[:, None], logits[:, :, None])[:, 0, 0] / total
+    if not bool(torch.isfinite(mean).all()):  # tokens that cannot come have a logit of −∞, and 0 · ∞ is no number
+        mean = torch.where(mass > 0, mass * logits, 0.0).sum(dim=1) / total
     # A margin over a token that cannot come would be infinite, and no model of anything bears infinities.
     margin = (first - second).clamp(max=MAX_MARGIN)
-    return LMSignals(first, margin, torch.special.entr(lm_log_probs.exp()).sum(dim=1), best.indices[:, 0])
+    entropy = (normalizer - mean).clamp(min=0.0)
+    return Normalized(LMSignals(first - normalizer, margin, entropy, best.indices[:, 0]), normalizer)
 
 
 def join_signals(parts: list[LMSignals]) -> LMSignals:

@@ -154,9 +154,9 @@ def lambda_features(neighbors: Neighbors, knn_temperature: Tensor, signals: LMSi
     Arguments as for `LambdaRule`.
     """
     present = neighbors.entry_ids >= 0
-    log_weights = neighbor_log_weights(neighbors, knn_temperature).double()
+    log_weights = neighbor_log_weights(neighbors, knn_temperature)
     weights = log_weights.exp()
-    distances = neighbors.distances.double().masked_fill(~present, 0.0)
+    distances = neighbors.distances.float().masked_fill(~present, 0.0)
     near = present[:, :_NEAR]
     first = neighbors.values[:, :1]
     guess = signals.guess[:, None]
@@ -165,18 +165,18 @@ def lambda_features(neighbors: Neighbors, knn_temperature: Tensor, signals: LMSi
             torch.log1p(distances[:, 0]),
             torch.log1p(distances[:, :_NEAR].sum(dim=1) / near.sum(dim=1).clamp(min=1)),
             torch.log1p(distances.amax(dim=1)),
-            -torch.where(weights > 0, weights * log_weights, 0.0).sum(dim=1),
+            torch.special.entr(weights).sum(dim=1),
             weights[:, 0],
             (weights * (neighbors.values == first)).sum(dim=1),
-            (first == guess)[:, 0].double(),
+            (first == guess)[:, 0].float(),
             (weights * (neighbors.values == guess)).sum(dim=1).clamp(min=_FLOOR).log(),
             _distinct(neighbors.values[:, :_NEAR].masked_fill(~near, -1)),
-            signals.max_log_prob.double(),
-            signals.entropy.double(),
-            signals.margin.double(),
+            signals.max_log_prob,
+            signals.entropy,
+            signals.margin,
         ],
         dim=1,
-    )
+    ).double()
     return features.masked_fill(~present[:, :1], 0.0)
 
 
@@ -184,4 +184,4 @@ def _distinct(values: Tensor) -> Tensor:
     """How many different values but −1 each row of (B, K) holds."""
     ordered = values.sort(dim=1).values
     changes = (ordered[:, 1:] != ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    return (changes.sum(dim=1) + (ordered[:, 0] >= 0)).double()
+    return (changes.sum(dim=1) + (ordered[:, 0] >= 0)).float()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from knnlm_core.lm.protocol import CausalLM
-from knnlm_core.signals import LMSignals, join_signals, lm_signals
+from knnlm_core.signals import LMSignals, join_signals, normalized_signals
 
 LOGIT_ELEMENTS_PER_CHUNK = 1 << 24  # 64 MiB of float32 logits at a time
 
@@ -67,9 +67,9 @@ def targets_and_signals(lm: CausalLM, hidden: Tensor, targets: Tensor) -> tuple[
     """`log_probs_of_targets`, and the signals of the same R ≥ 1 predictions."""
     chosen, signals = [], []
     for rows, logits in _logits_in_chunks(lm, hidden):
-        log_probs = torch.log_softmax(logits, dim=1)
-        chosen.append(log_probs.gather(1, targets[rows, None])[:, 0])
-        signals.append(lm_signals(log_probs))
+        known = normalized_signals(logits)
+        chosen.append(logits.gather(1, targets[rows, None])[:, 0] - known.normalizer)
+        signals.append(known.signals)
     return torch.cat(chosen), join_signals(signals)
 
 
