@@ -48,7 +48,7 @@ demo: $(MODEL_WHEEL) ## Build a datastore, serve it, complete a prompt with and 
 
 # A module's tests stay together, for its fixtures; one thread each, or the workers would wait for each other's.
 test: $(INSTALLED) ## Run the tests in two processes (ARGS="-k name -x" to choose)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 fuzz: $(INSTALLED) ## Let schemathesis try 20,000 requests and more on every route; writes benchmarks/results/schemathesis.*
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(ARGS)
