@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from knnlm_core.errors import KnnlmError
-from knnlm_core.knn.distribution import target_log_mass, token_log_probs
+from knnlm_core.knn.distribution import neighbor_log_weights, target_log_mass, token_log_probs
 from knnlm_core.knn.fusion import Fusion, Part, fuse
 from knnlm_core.knn.gates import ALWAYS, Context
 from knnlm_core.knn.interpolation import interpolate, interpolate_targets
 from knnlm_core.retrieval import Retrieval, Searchable, Source
+from knnlm_core.signals import lm_signals
 from knnlm_core.types import EntryRange, Neighbors
 
 
@@ -178,25 +179,31 @@ def _part(block: Neighbors, uses: Sequence[_Use], context: Context | None) -> Pa
         # A row that asked for fewer neighbours than its group sees only its own.
         beyond = torch.arange(width, device=device)[None] >= ks[:, None]
         block = block._replace(entry_ids=block.entry_ids.masked_fill(beyond, -1))
+    log_weights = neighbor_log_weights(block, tau)
     for _, source, rows in uses:
         if source.lambda_rule is not None:
             assert context is not None, "a λ was asked for without what it looks at. This is a bug."
-            index = torch.tensor(rows, device=device)
+            # As in scoring: all rows are this source's, and nothing has to be picked out.
+            index = slice(None) if len(rows) == batch else torch.tensor(rows, device=device)
             near = Neighbors(*(column[index] for column in block))
-            lmbda[index] = source.lambda_rule(near, tau[index], context.signals.take(index))
-    return Part(block, tau, lmbda, weight)
+            lmbda[index] = source.lambda_rule(near, log_weights[index], context.signals.take(index))
+    return Part(block, log_weights, tau, lmbda, weight)
 
 
 def mix_rows(
-    lm_log_probs: Tensor, keys: Tensor, retrievals: Sequence[Retrieval | None], context: Context | None = None
+    lm_log_probs: Tensor, keys: Tensor, retrievals: Sequence[Retrieval | None], positions: Tensor | None = None
 ) -> MixedRows:
     """The mixture's whole distribution for each row, as generation needs it.
 
     Args:
         lm_log_probs: (B, V) float32, log-softmaxed.
         keys: (B, D) float32.
-        context: as in `find`.
+        positions: (B,) int64, how many tokens come before each; None only where no retrieval needs a context.
     """
+    context = None
+    if any(retrieval is not None and retrieval.needs_context for retrieval in retrievals):
+        assert positions is not None, "a gate or a λ was asked for without what it looks at. This is a bug."
+        context = Context(lm_signals(lm_log_probs), positions)
     found = find(keys, retrievals, context)
     if not bool((found.lmbda > 0).any()):
         return MixedRows(lm_log_probs, found)

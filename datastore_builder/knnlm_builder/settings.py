@@ -11,10 +11,19 @@ from knnlm_core.errors import InvalidParameter
 from knnlm_core.windows import WindowSizes, settle_windows
 
 
-class BuildSettings(BaseModel):
-    """Settings of one build; those that shape the result enter the datastore's version."""
+class _LMSettings(BaseModel):
+    """How the language model is run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    dtype: str = Field(default="auto", description="Weights: auto, float32, bfloat16 or float16.")
+    device: str = Field(default="auto", description="auto, cpu or cuda[:N].")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; by default what torch and FAISS choose.")
+    batch_tokens: int = Field(default=4096, ge=1, description="Padded tokens per forward pass.")
+
+
+class BuildSettings(_LMSettings):
+    """Settings of one build; those that shape the result enter the datastore's version."""
 
     model: str = Field(description="Language model: hub id, folder or GGUF file.")
     inputs: tuple[Path, ...] = Field(
@@ -35,10 +44,6 @@ class BuildSettings(BaseModel):
     held_out_max_tokens: int = Field(default=20_000, ge=64, description="Most held-out tokens.")
     shard_entries: int = Field(default=1_000_000, ge=1, description="Entries per shard, about.")
     key_tap: str | None = Field(default=None, description="Which activation is the key; by default the family's.")
-    dtype: str = Field(default="auto", description="Weights: auto, float32, bfloat16 or float16.")
-    device: str = Field(default="auto", description="auto, cpu or cuda[:N].")
-    threads: int | None = Field(default=None, ge=1, description="CPU threads; by default what torch and FAISS choose.")
-    batch_tokens: int = Field(default=4096, ge=1, description="Padded tokens per forward pass.")
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of the held-out choice, k-means and sampling.")
     force: bool = Field(default=False, description="Publish even a store that does not help on held-out text.")
 
@@ -47,17 +52,11 @@ class BuildSettings(BaseModel):
         return settle_windows(self.window, self.stride, max_length=max_length)
 
 
-class CalibrateSettings(BaseModel):
+class CalibrateSettings(_LMSettings):
     """Settings of one calibration of a published version."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     model: str = Field(description="Language model that the datastore was built with: hub id, folder or GGUF file.")
     datastore: Path = Field(description="The datastore, as ROOT/NAME; its current version is calibrated.")
-    dtype: str = Field(default="auto", description="Weights: auto, float32, bfloat16 or float16.")
-    device: str = Field(default="auto", description="auto, cpu or cuda[:N].")
-    threads: int | None = Field(default=None, ge=1, description="CPU threads; by default what torch and FAISS choose.")
-    batch_tokens: int = Field(default=4096, ge=1, description="Padded tokens per forward pass.")
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of what is fitted on and of the bootstrap.")
     force: bool = Field(default=False, description="Replace the calibration even if the datastore does not help.")
 

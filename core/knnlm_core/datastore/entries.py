@@ -20,7 +20,7 @@ from knnlm_core.datastore.documents import Document, DocumentTable, EntryLocatio
 from knnlm_core.datastore.exact import ExactPart, search_exact
 from knnlm_core.datastore.exclusion import Bitmap, allowed_bitmap, check_ranges
 from knnlm_core.datastore.manifest import Manifest
-from knnlm_core.datastore.merge import Found, merge_found, sort_found
+from knnlm_core.datastore.merge import Found, merge_found
 from knnlm_core.datastore.shard import Queries, Shard
 from knnlm_core.errors import (
     DatastoreCorrupt,
@@ -135,27 +135,6 @@ class Entries(ABC):
             for part, bitmap in zip(self._parts(), allowed, strict=True)
         ]
         return self._neighbors(search_exact(parts, self._check_search(queries, k, exclude), k))
-
-    def lookup(self, queries: Tensor, entry_ids: Tensor, *, exclude: Sequence[EntryRange] = ()) -> Neighbors:
-        """Chosen entries as a search would return them, at their distances to each query, without any search.
-
-        Args:
-            queries: (B, D), as for `search`.
-            entry_ids: (B, K) int64, each entry at most once in a row; −1 for none.
-            exclude: entries that must not be found.
-        Returns: (B, K) by (distance, id); what is hidden or excluded is missing.
-        Raises: InvalidParameter: no such entry, or as `search`.
-        """
-        ids = self._check_ids(entry_ids, missing_allowed=True).copy()
-        rows = self._check_search(queries, 1, exclude)
-        ids[~self._is_visible(ids.ravel()).reshape(ids.shape)] = -1
-        for first, stop in exclude:
-            ids[(ids >= first) & (ids < stop)] = -1
-        row, column = np.nonzero(ids >= 0)
-        distances = np.full(ids.shape, np.inf, dtype=np.float32)
-        keys = self.keys(torch.from_numpy(ids[row, column])).numpy()
-        distances[row, column] = np.square(keys - rows[row]).sum(axis=1)
-        return self._neighbors(sort_found(Found(distances, ids)))
 
     def keys(self, entry_ids: Tensor) -> Tensor:
         """The stored keys of some entries: (…) int64 → (…, D) float32. Raises InvalidParameter: no such entry."""

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from knnlm_core.knn.distribution import neighbor_log_weights
 from knnlm_core.types import Neighbors
 
 
@@ -29,6 +28,7 @@ class Part(NamedTuple):
     """What one store found; rows that do not use it have no neighbours in it."""
 
     neighbors: Neighbors  # (B, K)
+    log_weights: Tensor  # (B, K) float32, of each one's share of the store's own p_knn
     knn_temperature: Tensor  # (B,) float32, τ > 0
     lmbda: Tensor  # (B,) float64, λ of the store
     weight: Tensor  # (B,) float64, of the store; those of a row sum to one
@@ -54,7 +54,7 @@ def fuse(parts: Sequence[Part], merged: Tensor | None = None) -> Fused:
         parts: at least one.
         merged: (B,) bool, rows of `Fusion.NEIGHBORS`, whose τ and λ are the same in all parts; None for no row.
     """
-    within = [neighbor_log_weights(part.neighbors, part.knn_temperature) for part in parts]
+    within = [part.log_weights for part in parts]
     found = torch.stack([log_weights.amax(dim=1) > -math.inf for log_weights in within], dim=1)
     if len(parts) == 1:  # as nearly always: nothing to put together
         lmbda = torch.where(found[:, 0], parts[0].weight * parts[0].lmbda, 0.0)

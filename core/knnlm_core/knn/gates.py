@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from knnlm_core.errors import InvalidKnnParams, UnsupportedFeature
-from knnlm_core.signals import LMSignals, join_signals, lm_signals
-
-Tokens = Sequence[int] | NDArray[np.integer[Any]]
+from knnlm_core.signals import LMSignals, join_signals
 
 
 class GateMode(StrEnum):
@@ -36,41 +32,15 @@ class Context(NamedTuple):
 
     signals: LMSignals
     positions: Tensor  # (B,) int64, how many tokens come before the one to be predicted
-    last_tokens: Tensor  # (B, 2) int64, the last ones of these, the very last one last; −1 where there is none
 
     def take(self, rows: Tensor | slice) -> Context:
         """Some of the rows."""
-        return Context(self.signals.take(rows), self.positions[rows], self.last_tokens[rows])
-
-
-def context_of(lm_log_probs: Tensor, before: Sequence[tuple[int, Sequence[int]]]) -> Context:
-    """Of B predictions.
-
-    Args:
-        lm_log_probs: (B, V) float32, log-softmaxed.
-        before: per row, how many tokens come before the one to be predicted, and the last two of them or more.
-    """
-    device = lm_log_probs.device
-    last = [(-1, -1, *tokens[-2:])[-2:] for _, tokens in before]
-    positions = torch.tensor([position for position, _ in before], device=device)
-    return Context(lm_signals(lm_log_probs), positions, torch.tensor(last, device=device))
+        return Context(self.signals.take(rows), self.positions[rows])
 
 
 def join_contexts(parts: Sequence[Context]) -> Context:
     """One after the other."""
-    return Context(
-        join_signals([part.signals for part in parts]),
-        torch.cat([part.positions for part in parts]),
-        torch.cat([part.last_tokens for part in parts]),
-    )
-
-
-def last_tokens(token_ids: Tokens) -> NDArray[np.int64]:
-    """(T, 2) int64: of each beginning of (T,) tokens its last two; −1 where there is none."""
-    last = np.full((len(token_ids), 2), -1)
-    last[:, 1] = token_ids
-    last[1:, 0] = token_ids[:-1]
-    return last
+    return Context(join_signals([part.signals for part in parts]), torch.cat([part.positions for part in parts]))
 
 
 class Decisions(NamedTuple):

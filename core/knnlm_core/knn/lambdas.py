@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from knnlm_core.errors import InvalidKnnParams
-from knnlm_core.knn.distribution import neighbor_log_weights
 from knnlm_core.signals import LMSignals
 from knnlm_core.types import Neighbors
 
@@ -50,12 +49,12 @@ def parse_lambda_mode(name: str, *, beside: bool) -> LambdaMode:
 class LambdaRule(Protocol):
     """λ for rows that have been searched."""
 
-    def __call__(self, neighbors: Neighbors, knn_temperature: Tensor, signals: LMSignals) -> Tensor:
+    def __call__(self, neighbors: Neighbors, log_weights: Tensor, signals: LMSignals) -> Tensor:
         """(B,) float64 in [0, 1]; whatever it says of a row without neighbours is ignored.
 
         Args:
             neighbors: (B, K), nearest first.
-            knn_temperature: τ, (B,).
+            log_weights: (B, K) of each neighbour's share of p_knn, see `neighbor_log_weights`.
         """
         ...
 
@@ -73,7 +72,7 @@ class Bucketed:
     edges: Tensor
     lmbdas: Tensor
 
-    def __call__(self, neighbors: Neighbors, knn_temperature: Tensor, signals: LMSignals) -> Tensor:
+    def __call__(self, neighbors: Neighbors, log_weights: Tensor, signals: LMSignals) -> Tensor:
         """See `LambdaRule`."""
         nearest = neighbors.distances[:, 0].contiguous()
         return self.lmbdas.to(nearest.device)[torch.bucketize(nearest, self.edges.to(nearest.device))]
@@ -93,13 +92,20 @@ class Rrc:
     alpha: float
     scale: float
 
-    def __call__(self, neighbors: Neighbors, knn_temperature: Tensor, signals: LMSignals) -> Tensor:
+    def __call__(self, neighbors: Neighbors, log_weights: Tensor, signals: LMSignals) -> Tensor:
         """See `LambdaRule`."""
-        present = neighbors.entry_ids >= 0
-        farthest = neighbors.distances.masked_fill(~present, 0.0).amax(dim=1).double()
-        # Where all neighbours are exact repetitions nothing could be surer.
-        ratio = torch.where(farthest > 0, neighbors.distances[:, 0].double() / farthest, 0.0)
+        return self.of_ratio(distance_ratio(neighbors))
+
+    def of_ratio(self, ratio: Tensor) -> Tensor:
+        """λ for (B,) float64 ratios."""
         return torch.sigmoid((self.alpha - ratio) / self.scale).clamp(max=MAX_RULE_LAMBDA)
+
+
+def distance_ratio(neighbors: Neighbors) -> Tensor:
+    """Nearest distance over farthest, (B,) float64; 0 where all neighbours are exact repetitions: the surest case."""
+    present = neighbors.entry_ids >= 0
+    farthest = neighbors.distances.masked_fill(~present, 0.0).amax(dim=1).double()
+    return torch.where(farthest > 0, neighbors.distances[:, 0].double() / farthest, 0.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,9 +123,9 @@ class Learned:
     scale: Tensor
     layers: tuple[tuple[Tensor, Tensor], ...]
 
-    def __call__(self, neighbors: Neighbors, knn_temperature: Tensor, signals: LMSignals) -> Tensor:
+    def __call__(self, neighbors: Neighbors, log_weights: Tensor, signals: LMSignals) -> Tensor:
         """See `LambdaRule`."""
-        return self.of_features(lambda_features(neighbors, knn_temperature, signals))
+        return self.of_features(lambda_features(neighbors, log_weights, signals))
 
     def of_features(self, features: Tensor) -> Tensor:
         """λ for (B, F) float64 features."""
@@ -148,13 +154,12 @@ _NEAR = 8
 _FLOOR = 1e-9  # probabilities below it are all the same to the network
 
 
-def lambda_features(neighbors: Neighbors, knn_temperature: Tensor, signals: LMSignals) -> Tensor:
+def lambda_features(neighbors: Neighbors, log_weights: Tensor, signals: LMSignals) -> Tensor:
     """What `Learned` looks at, (B, F) float64, in the order of LAMBDA_FEATURES; zeros in rows without neighbours.
 
     Arguments as for `LambdaRule`.
     """
     present = neighbors.entry_ids >= 0
-    log_weights = neighbor_log_weights(neighbors, knn_temperature)
     weights = log_weights.exp()
     distances = neighbors.distances.float().masked_fill(~present, 0.0)
     near = present[:, :_NEAR]

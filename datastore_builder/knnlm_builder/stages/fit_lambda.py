@@ -21,7 +21,8 @@ from knnlm_core.datastore.calibration import (
     LearnedLambda,
     RrcLambda,
 )
-from knnlm_core.knn.lambdas import LAMBDA_FEATURES, LambdaMode, LambdaRule, Rrc, lambda_features
+from knnlm_core.knn.distribution import neighbor_log_weights
+from knnlm_core.knn.lambdas import LAMBDA_FEATURES, LambdaMode, LambdaRule, Rrc, distance_ratio, lambda_features
 from knnlm_core.retrieval import lambda_rule
 
 MAX_BUCKETS = 16
@@ -88,8 +89,11 @@ def rules_of(rules: LambdaRules) -> dict[LambdaModeName, LambdaRule]:
 
 def apply_rule(rule: LambdaRule, evidence: Evidence, knn_temperature: float) -> Tensor:
     """λ of every token, (N,) float64."""
-    tau = torch.full((len(evidence.base),), knn_temperature)
-    return rule(evidence.neighbors, tau, evidence.signals)
+    return rule(evidence.neighbors, _log_weights(evidence, knn_temperature), evidence.signals)
+
+
+def _log_weights(evidence: Evidence, knn_temperature: float) -> Tensor:
+    return neighbor_log_weights(evidence.neighbors, torch.full((len(evidence.base),), knn_temperature))
 
 
 def fit_buckets(nearest: Tensor, known: Known) -> BucketedLambda:
@@ -108,12 +112,13 @@ def fit_buckets(nearest: Tensor, known: Known) -> BucketedLambda:
     return BucketedLambda(edges=tuple(edges.tolist()), lambdas=tuple(grid[torch.stack(sums).argmax(dim=0)].tolist()))
 
 
-def fit_rrc(evidence: Evidence, known: Known, knn_temperature: float) -> RrcLambda:
-    """The best α and scale of the grid."""
+def fit_rrc(ratio: Tensor, known: Known) -> RrcLambda:
+    """The best α and scale of the grid.
+
+    Args:   ratio: (N,) float64, nearest distance over farthest.
+    """
     tried = [
-        (known.nll(apply_rule(Rrc(alpha, scale), evidence, knn_temperature)), alpha, scale)
-        for alpha in RRC_ALPHAS
-        for scale in RRC_SCALES
+        (known.nll(Rrc(alpha, scale).of_ratio(ratio)), alpha, scale) for alpha in RRC_ALPHAS for scale in RRC_SCALES
     ]
     _, alpha, scale = min(tried)
     return RrcLambda(alpha=alpha, scale=scale)
@@ -121,8 +126,7 @@ def fit_rrc(evidence: Evidence, known: Known, knn_temperature: float) -> RrcLamb
 
 def fit_learned(evidence: Evidence, known: Known, knn_temperature: float, *, seed: int) -> LearnedLambda:
     """Minimise −log p of the mixture; the epoch is kept that does best on a fifth of the blocks."""
-    tau = torch.full((len(evidence.base),), knn_temperature)
-    features = lambda_features(evidence.neighbors, tau, evidence.signals)
+    features = lambda_features(evidence.neighbors, _log_weights(evidence, knn_temperature), evidence.signals)
     usable = known.found.nonzero()[:, 0]
     mean, spread = features[usable].mean(dim=0), features[usable].std(dim=0)
     scale = torch.where(spread > _CONSTANT, spread, 1.0)
@@ -181,7 +185,7 @@ def _fit_all(evidence: Evidence, knn_temperature: float, seed: int) -> LambdaRul
     with_neighbors = Known(*(column[found] for column in known))
     return LambdaRules(
         bucketed=fit_buckets(evidence.neighbors.distances[found, 0], with_neighbors),
-        rrc=fit_rrc(evidence, known, knn_temperature),
+        rrc=fit_rrc(distance_ratio(evidence.neighbors), known),
         learned=fit_learned(evidence, known, knn_temperature, seed=seed) if len(found) >= MIN_LEARNED_TOKENS else None,
     )
 

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from knnlm_core.errors import KnnlmError
 from knnlm_core.knn.distribution import token_log_probs
-from knnlm_core.knn.gates import context_of
+from knnlm_core.knn.gates import Context
 from knnlm_core.lm.protocol import CausalLM
 from knnlm_core.mixture import Found, find
 from knnlm_core.retrieval import Retrieval
+from knnlm_core.signals import lm_signals
 from knnlm_server.engine.step import rows_at_once
 from knnlm_server.engine.tracing import ranked
 from knnlm_server.engine.window_work import Searches
@@ -103,7 +104,8 @@ def find_neighbors(
     """
     rows = lm.encode(contexts, [len(context) - 1 for context in contexts])
     lm_log_probs = torch.log_softmax(lm.logits(rows.hidden), dim=1)  # (B, V)
-    known = context_of(lm_log_probs, [(len(context), context) for context in contexts])
+    positions = torch.tensor([len(context) for context in contexts], device=rows.keys.device)
+    known = Context(lm_signals(lm_log_probs), positions)
     found = find(rows.keys, [retrieval] * len(contexts), known)
     for error in found.failures.values():
         raise error

@@ -14,14 +14,12 @@ from torch import Tensor
 
 from knnlm_core.datastore.exclusion import merge_ranges
 from knnlm_core.errors import KnnlmError
-from knnlm_core.knn.gates import Context, join_contexts, last_tokens
+from knnlm_core.knn.gates import Context, join_contexts
 from knnlm_core.lm.head import log_probs_of_targets, targets_and_signals
 from knnlm_core.lm.protocol import CausalLM
 from knnlm_core.mixture import mix_targets
 from knnlm_core.retrieval import NEIGHBORS_AT_ONCE, Retrieval
-from knnlm_core.signals import LMSignals
 from knnlm_core.types import EntryRange
-from knnlm_core.windows import Window
 from knnlm_server.engine.attribution import Attributions, attribute, join
 from knnlm_server.engine.window_queue import WindowOfText, WindowQueue
 from knnlm_server.engine.window_work import Searches
@@ -160,7 +158,8 @@ class ScoreRequest:
         context = None
         if self.retrieval is not None and self.retrieval.needs_context:
             base, signals = targets_and_signals(lm, rows.hidden, targets)
-            context = _context(signals, [(self._in_work[index].token_ids, window) for index, window in taken])
+            positions = np.concatenate([np.arange(window.first_target, window.end) for _, window in taken])
+            context = Context(signals, torch.from_numpy(positions).to(base.device))
         else:
             base = log_probs_of_targets(lm, rows.hidden, targets)
         self._encoded.append(_Encoded(taken, rows.keys, targets, base, context))
@@ -185,14 +184,6 @@ class ScoreRequest:
                 self.on_text(index, work.finished())
         searched = int(scores.searched.sum())
         return Searches(searched, skipped=start - searched if self.retrieval is not None else 0)
-
-
-def _context(signals: LMSignals, windows: Sequence[tuple[NDArray[np.int32], Window]]) -> Context:
-    """What comes before the targets of some windows, given the tokens of their whole texts."""
-    positions = np.concatenate([np.arange(window.first_target, window.end) for _, window in windows])
-    last = [last_tokens(token_ids[: window.end - 1])[window.first_target - 1 :] for token_ids, window in windows]
-    device = signals.entropy.device
-    return Context(signals, torch.from_numpy(positions).to(device), torch.from_numpy(np.concatenate(last)).to(device))
 
 
 def _mix(

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from knnlm_core.errors import KnnlmError
-from knnlm_core.knn.gates import context_of
 from knnlm_core.lm.head import LOGIT_ELEMENTS_PER_CHUNK
 from knnlm_core.lm.protocol import CausalLM, Rows, Span
 from knnlm_core.mixture import MixedRows, mix_rows
@@ -148,14 +147,12 @@ def _score_prompt(lm: CausalLM, output: Rows, scored: _ScoredRows) -> Iterator[P
     size = rows_at_once(lm, request.retrieval)
     for start in range(0, scored.num_targets, size):
         count = min(size, scored.num_targets - start)
-        positions = range(scored.first_target + start, scored.first_target + start + count)
-        targets = torch.tensor([request.prompt_ids[t] for t in positions], device=output.keys.device)
+        first = scored.first_target + start
+        positions = torch.arange(first, first + count, device=output.keys.device)
+        targets = torch.tensor(request.prompt_ids[first : first + count], device=output.keys.device)
         rows = slice(scored.first_row + start, scored.first_row + start + count)
         lm_log_probs = torch.log_softmax(lm.logits(output.hidden[rows]), dim=1)
-        context = None
-        if request.retrieval is not None and request.retrieval.needs_context:
-            context = context_of(lm_log_probs, [(t, request.prompt_ids[max(0, t - 2) : t]) for t in positions])
-        mixed = mix_rows(lm_log_probs, output.keys[rows], [request.retrieval] * count, context)
+        mixed = mix_rows(lm_log_probs, output.keys[rows], [request.retrieval] * count, positions)
         for error in mixed.found.failures.values():
             yield StepFailure(request, error)
             return
@@ -180,11 +177,9 @@ def _next_tokens(
         return []
     index = torch.tensor([row.row for row in wanted], device=output.keys.device)
     lm_log_probs = torch.log_softmax(lm.logits(output.hidden[index]), dim=1)
+    positions = torch.tensor([len(row.request.prompt_ids) + len(row.choices[0].token_ids) for row in wanted])
     retrievals = [row.request.retrieval for row in wanted]
-    context = None
-    if any(retrieval is not None and retrieval.needs_context for retrieval in retrievals):
-        context = context_of(lm_log_probs, [_before(row.request, row.choices[0]) for row in wanted])
-    mixed = mix_rows(lm_log_probs, output.keys[index], retrievals, context)
+    mixed = mix_rows(lm_log_probs, output.keys[index], retrievals, positions.to(index.device))
     failures = [StepFailure(wanted[row].request, error) for row, error in mixed.found.failures.items()]
     owners = [
         (i, row.request, choice)
@@ -198,12 +193,6 @@ def _next_tokens(
     sampling = [_sampling(request, choice) for _, request, choice in owners]
     tokens = sample(mixed.log_probs[of_row], sampling, eos_token_ids=eos_token_ids)
     return [*failures, *_collect(owners, of_row, tokens, lm_log_probs, mixed)]
-
-
-def _before(request: CompletionRequest, choice: Choice) -> tuple[int, Sequence[int]]:
-    """How many tokens come before a choice's next one, and the last two of them."""
-    last = (*request.prompt_ids[-2:], *choice.token_ids[-2:])[-2:]
-    return len(request.prompt_ids) + len(choice.token_ids), last
 
 
 _RowOwner = tuple[int, CompletionRequest, Choice]  # row of the mixture, and whose token it gives

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knnlm_core.errors import InvalidKnnParams, UnsupportedFeature
-from knnlm_core.knn.gates import ALWAYS, NEVER, Confidence, Context, EveryN, join_contexts, last_tokens, parse_gate
+from knnlm_core.knn.gates import ALWAYS, NEVER, Confidence, Context, EveryN, join_contexts, parse_gate
 from knnlm_core.signals import lm_signals
 
 
 def context_of(lm: torch.Tensor, positions: list[int]) -> Context:
-    return Context(lm_signals(lm), torch.tensor(positions), torch.tensor([[-1, 3]] * len(positions)))
+    return Context(lm_signals(lm), torch.tensor(positions))
 
 
 def predictions(rows: int, scale: float = 4.0) -> torch.Tensor:
@@ -50,11 +50,6 @@ def test_what_the_model_is_sure_of_is_not_searched(threshold: float) -> None:
 
 def test_a_threshold_of_zero_never_searches() -> None:
     assert not Confidence(0.0)(torch.zeros(50, 2), context_of(predictions(50, 40.0), [0] * 50)).search.any()
-
-
-def test_the_last_two_tokens_of_every_beginning() -> None:
-    assert last_tokens([7, 8, 9]).tolist() == [[-1, 7], [7, 8], [8, 9]]
-    assert last_tokens([]).shape == (0, 2)
 
 
 def test_contexts_are_joined_and_taken_in_order() -> None:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knnlm_core.errors import InvalidKnnParams
+from knnlm_core.knn.distribution import neighbor_log_weights
 from knnlm_core.knn.lambdas import (
     LAMBDA_FEATURES,
     MAX_RULE_LAMBDA,
@@ -35,7 +36,7 @@ def apply(rule: LambdaRule, distances: list[list[float]]) -> list[float]:
         torch.zeros_like(table, dtype=torch.int64).masked_fill(missing, -1),
     )
     signals = lm_signals(torch.log_softmax(torch.randn(len(distances), 7), dim=1))
-    lmbda = rule(neighbors, torch.ones(len(distances)), signals)
+    lmbda = rule(neighbors, neighbor_log_weights(neighbors, torch.ones(len(distances))), signals)
     assert lmbda.dtype == torch.float64
     return list(lmbda.tolist())
 
@@ -108,7 +109,7 @@ def test_the_networks_features_are_what_their_names_say(seed: int, present: int,
         distances.masked_fill(missing, math.inf),
         values.masked_fill(missing, -1),
     )
-    have = lambda_features(neighbors, torch.full((2,), tau), lm_signals(log_probs))
+    have = lambda_features(neighbors, neighbor_log_weights(neighbors, torch.full((2,), tau)), lm_signals(log_probs))
     assert have.shape == (2, len(LAMBDA_FEATURES))
     for row, count in enumerate((present, width)):
         need = slow_features(
@@ -119,7 +120,9 @@ def test_the_networks_features_are_what_their_names_say(seed: int, present: int,
 
 def test_a_row_without_neighbours_has_features_all_the_same() -> None:
     nothing = Neighbors(torch.full((1, 3), -1), torch.full((1, 3), math.inf), torch.full((1, 3), -1))
-    have = lambda_features(nothing, torch.ones(1), lm_signals(torch.log_softmax(torch.randn(1, 5), dim=1)))
+    have = lambda_features(
+        nothing, torch.full((1, 3), -math.inf), lm_signals(torch.log_softmax(torch.randn(1, 5), dim=1))
+    )
     assert have.tolist() == [[0.0] * len(LAMBDA_FEATURES)]
 
 

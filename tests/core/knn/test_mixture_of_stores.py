@@ -18,7 +18,7 @@ from knnlm_core.errors import DatastoreCorrupt, InvalidKnnParams, InvalidParamet
 from knnlm_core.knn.attribution import contributions
 from knnlm_core.knn.distribution import target_log_probs
 from knnlm_core.knn.fusion import Fusion
-from knnlm_core.knn.gates import ALWAYS, NEVER, Confidence, Context, EveryN, Gate, last_tokens
+from knnlm_core.knn.gates import ALWAYS, NEVER, Confidence, Context, EveryN, Gate
 from knnlm_core.knn.lambdas import Bucketed, LambdaRule, Rrc
 from knnlm_core.mixture import find, mix_rows, mix_targets, source_log_probs
 from knnlm_core.retrieval import MAX_SOURCES, MAX_TOTAL_K, Retrieval, Source
@@ -125,7 +125,7 @@ def expected(p_lm: np.ndarray, query: np.ndarray, retrieval: Retrieval | None, p
 
 
 def context_of(lm: Tensor, positions: Sequence[int]) -> Context:
-    return Context(lm_signals(lm), torch.tensor(positions), torch.from_numpy(last_tokens([0] * len(positions))))
+    return Context(lm_signals(lm), torch.tensor(positions))
 
 
 RULES: list[LambdaRule] = [
@@ -175,7 +175,7 @@ def steps(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[Retrieval | None], Cont
 @given(steps())
 def test_a_mixture_of_stores_equals_the_dense_float64_formula(step) -> None:
     lm, keys, rows, context = step
-    mixed, found = mix_rows(lm, keys, rows, context)
+    mixed, found = mix_rows(lm, keys, rows, context.positions)
     targets = torch.arange(len(rows)) % VOCAB
     of_target = mix_targets(lm[range(len(rows)), targets], keys, targets, rows, context).log_probs
     for row, retrieval in enumerate(rows):
@@ -201,10 +201,10 @@ def test_a_mixture_of_stores_equals_the_dense_float64_formula(step) -> None:
 @given(steps())
 def test_a_row_is_mixed_alone_as_in_company(step) -> None:
     lm, keys, rows, context = step
-    together, found = mix_rows(lm, keys, rows, context)
+    together, found = mix_rows(lm, keys, rows, context.positions)
     for row, retrieval in enumerate(rows):
         itself = slice(row, row + 1)
-        alone, itself = mix_rows(lm[itself], keys[itself], [retrieval], context.take(itself))
+        alone, itself = mix_rows(lm[itself], keys[itself], [retrieval], context.take(itself).positions)
         torch.testing.assert_close(together[row], alone[0], atol=1e-6, rtol=1e-6)
         assert found.lmbda[row] == itself.lmbda[0]
         entries = [
