@@ -168,6 +168,7 @@ class HttpScorer:
             id=document_id,
             num_bytes=result["bytes"],
             searched=result["searched"],
+            followed=result["followed"],
             excluded_itself=self._exclude_self and document_id in (excluded, *self._excluded),
             base=_log_probs(token["base"] for token in tokens),
             mixed=_log_probs(token["mixed"] for token in tokens),

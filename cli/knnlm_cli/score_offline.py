@@ -24,11 +24,10 @@ from knnlm_core.datastore.overlap import longest_matches
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.datastore.snapshot import Snapshot
 from knnlm_core.errors import DatastoreNotFound, InvalidParameter
-from knnlm_core.knn.gates import parse_gate
-from knnlm_core.knn.lambdas import parse_lambda_mode
+from knnlm_core.knn.lambdas import LambdaMode, parse_lambda_mode
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.loading import LoadOptions, load_lm
-from knnlm_core.retrieval import Retrieval, Source, with_lambda_mode
+from knnlm_core.retrieval import Retrieval, Source, with_gate, with_lambda_mode
 from knnlm_core.types import EntryRange
 from knnlm_server.api.score_inputs import TextToScore, bytes_of_text
 from knnlm_server.api.score_rendering import TokenRenderer
@@ -98,7 +97,7 @@ class OfflineScorer:
         encoding = tokenizer.encode_with_spans(document.text)
         text = TextToScore(
             encoding.token_ids,
-            starts=encoding.char_spans[:, 0],
+            starts=encoding.char_spans[1:, 0],
             num_bytes=bytes_of_text(tokenizer, document.text, encoding),
             own=self._own_entries(document.id),
         )
@@ -117,11 +116,12 @@ class OfflineScorer:
         scores = self._token_scores(batch, advance)
         for i, (document_id, _, text) in enumerate(batch):
             found = scores.get(i, no_scores())
-            longest = None if matches is None else matches[i][1:]
+            longest = None if matches is None else matches[i][text.first :]
             yield DocumentScores(
                 id=document_id,
                 num_bytes=text.num_bytes,
                 searched=int(found.searched.sum()),
+                followed=int(found.followed.sum()),
                 excluded_itself=text.own is not None,
                 base=found.base,
                 mixed=found.mixed,
@@ -175,10 +175,17 @@ def _retrieval(datastore: Snapshot, settings: Mapping[str, Setting], excluded: S
         lmbda=float(settings["lambda"].value),
         exclude=merge_ranges(datastore.document_entries(document_id) for document_id in excluded),
     )
-    threshold = settings.get("gate_threshold")
-    gate = parse_gate(str(settings["gate"].value), float(threshold.value) if threshold is not None else None)
-    mode = parse_lambda_mode(str(settings["lambda_mode"].value), beside=settings["lambda"].source == COMMAND_LINE)
-    retrieval = Retrieval((with_lambda_mode(source, datastore.calibration, mode, datastore.name),)).gated(gate)
+    # What the command line leaves open is settled as a server settles it, which `choose_retrieval` reports.
+    given = {name: setting.value for name, setting in settings.items() if setting.source == COMMAND_LINE}
+    mode = LambdaMode.FIXED if "lambda" in given else None
+    if "lambda_mode" in given:
+        mode = parse_lambda_mode(str(given["lambda_mode"]), beside="lambda" in given)
+    gate = None
+    if "gate" in given:
+        gate = str(given["gate"]), float(given["gate_threshold"]) if "gate_threshold" in given else None
+    source = with_lambda_mode(source, datastore.calibration, mode, datastore.name)
+    source = with_gate(source, datastore.calibration, datastore.gate_trees, gate, datastore.name)
+    retrieval = Retrieval((source,))
     retrieval.check()
     return retrieval
 

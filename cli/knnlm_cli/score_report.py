@@ -38,6 +38,7 @@ class Total(NamedTuple):
     tokens: int
     num_bytes: int
     searched: int
+    followed: int
     base: Loss
     mixed: Loss
     change: float | None
@@ -56,6 +57,7 @@ def total_of(scores: Scores, *, with_retrieval: bool) -> Total:
         tokens=len(base),
         num_bytes=num_bytes,
         searched=sum(row.searched for row in scores.rows),
+        followed=sum(row.followed for row in scores.rows),
         base=base_loss,
         mixed=mixed_loss,
         change=change(base_loss, mixed_loss) if with_retrieval else None,
@@ -115,6 +117,7 @@ def _document(row: DocumentRow, with_retrieval: bool) -> dict[str, Any]:
         "tokens": row.tokens,
         "bytes": row.num_bytes,
         "searched": row.searched,
+        "followed": row.followed,
         "excluded_itself": row.excluded_itself,
         "base": row.base._asdict(),
         "mixed": row.mixed._asdict(),
@@ -129,6 +132,8 @@ def _total(total: Total) -> dict[str, Any]:
         "bytes": total.num_bytes,
         "searched": total.searched,
         "searched_share": total.searched / total.tokens,
+        "followed": total.followed,
+        "followed_share": total.followed / total.tokens,
         "base": total.base._asdict(),
         "mixed": total.mixed._asdict(),
         "change": total.change,

@@ -20,6 +20,7 @@ class DocumentScores(NamedTuple):
     id: str
     num_bytes: int  # UTF-8, of the scored tokens
     searched: int
+    followed: int
     excluded_itself: bool
     base: Floats
     mixed: Floats
@@ -34,6 +35,7 @@ class DocumentRow(NamedTuple):
     tokens: int
     num_bytes: int
     searched: int
+    followed: int
     excluded_itself: bool
     base: Loss
     mixed: Loss
@@ -69,6 +71,7 @@ class Scores:
                 tokens,
                 num_bytes,
                 document.searched,
+                document.followed,
                 document.excluded_itself,
                 loss(total_nll(document.base), tokens, num_bytes),
                 loss(total_nll(document.mixed), tokens, num_bytes),

@@ -57,9 +57,15 @@ class ScoreSettings(BaseModel):
         default=None,
         description="How λ is set: fixed, or per token by a rule of the calibration: bucketed, rrc, learned.",
     )
-    gate: str | None = Field(default=None, description="When to search: always, never, every_n or confidence.")
+    gate: str | None = Field(
+        default=None,
+        description="When to search: always, never, every_n, confidence, automaton or learned; the last two follow "
+        "what was found before where they do not search.",
+    )
     gate_threshold: float | None = Field(
-        default=None, description="Of the gates every_n (n) and confidence (a probability)."
+        default=None,
+        description="Of the gates every_n (n), confidence (a probability), automaton (entries to follow; by default 1) "
+        "and learned (nats that a search is expected to gain; as calibrated).",
     )
     exclude_documents: tuple[str, ...] = Field(
         default=(), description="Id of a document of the datastore that must not be found; may be repeated."

@@ -84,8 +84,9 @@ def _print_change(console: Console, total: Total) -> None:
         )
     console.print(Text.assemble("Change of perplexity: ", _change(total.change), f" ({interval})"), soft_wrap=True)
     equal = 1 - total.better - total.worse
+    followed = f", pointers followed for {total.followed / total.tokens:.1%}" if total.followed else ""
     console.print(
-        f"Searched for {total.searched / total.tokens:.1%} of the tokens; more probable with retrieval "
+        f"Searched for {total.searched / total.tokens:.1%} of the tokens{followed}; more probable with retrieval "
         f"{total.better:.1%}, less {total.worse:.1%}, the same {max(equal, 0.0):.1%}",
         soft_wrap=True,
     )

@@ -12,7 +12,10 @@ from knnlm_core.windows import settle_windows
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
-RETRIEVAL = ("k", "temperature", "lambda", "lambda_mode", "gate", "gate_threshold")
+GATE = ("gate", "gate_threshold")
+RETRIEVAL = ("k", "temperature", "lambda", "lambda_mode", *GATE)
+# Where k and τ are not the calibrated ones.
+_PLAIN: Mapping[str, Any] = {"lambda_mode": "fixed", "gate": "always", "gate_threshold": None}
 
 
 class Setting(NamedTuple):
@@ -58,29 +61,33 @@ def choose_windows(settings: ScoreSettings, max_length: int) -> dict[str, Settin
 def choose_retrieval(settings: ScoreSettings, name: str, calibration: Mapping[str, Any] | None) -> dict[str, Setting]:
     """The command line's settings over those of the calibration of datastore ``name``.
 
-    Args:     calibration: id, k, temperature, lambda, lambda_mode and gate, as `/v1/datastores` names them.
+    Args:     calibration: its settings, as `/v1/datastores` names them.
     Raises:   InvalidParameter: neither says anything of k, τ or λ.
     """
     given = settings.knn_given()
     if "gate_threshold" in given and "gate" not in given:
         raise InvalidKnnParams("`knn.gate_threshold` needs `knn.gate`, and none is given", param="knn.gate_threshold")
-    found: dict[str, Setting] = {}
-    for field in RETRIEVAL:
+    found: dict[str, Setting] = {field: Setting(value, COMMAND_LINE) for field, value in given.items()}
+    by_calibration = f"calibration {calibration['id']}" if calibration is not None else DEFAULT
+    for field in ("k", "temperature", "lambda"):
         if field in given:
-            found[field] = Setting(given[field], COMMAND_LINE)
-        elif field == "gate_threshold":  # not all gates have one
             continue
-        elif field == "lambda_mode" and ("lambda" in given or not _is_calibrated(found, calibration)):
-            found[field] = Setting("fixed", DEFAULT)
-        elif calibration is not None:
-            found[field] = Setting(calibration[field], f"calibration {calibration['id']}")
-        elif field == "gate":
-            found[field] = Setting("always", DEFAULT)
-        else:
+        if calibration is None:
             raise InvalidParameter(f"datastore {name!r} has no calibration, so --{field} must be given", param=field)
-    return found
+        found[field] = Setting(calibration[field], by_calibration)
+    settled, source = _PLAIN, DEFAULT
+    if calibration is not None and _is_calibrated(found, calibration):
+        settled, source = calibration, by_calibration
+    if "lambda_mode" not in given:
+        found["lambda_mode"] = (
+            Setting("fixed", DEFAULT) if "lambda" in given else Setting(settled["lambda_mode"], source)
+        )
+    if "gate" not in given:
+        # Not all gates have a threshold.
+        found |= {field: Setting(settled[field], source) for field in GATE if settled[field] is not None}
+    return {field: found[field] for field in RETRIEVAL if field in found}
 
 
-def _is_calibrated(found: Mapping[str, Setting], calibration: Mapping[str, Any] | None) -> bool:
-    """Whether k and τ are those that the calibration's rules for λ were fitted for."""
-    return calibration is not None and all(found[field].value == calibration[field] for field in ("k", "temperature"))
+def _is_calibrated(found: Mapping[str, Setting], calibration: Mapping[str, Any]) -> bool:
+    """Whether k and τ are those that the calibration's rules and gates were fitted for, as `keeps_to` has it."""
+    return all(found[field].value == calibration[field] for field in ("k", "temperature"))

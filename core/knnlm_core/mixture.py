@@ -19,20 +19,38 @@ from knnlm_core.knn.interpolation import interpolate, interpolate_targets
 from knnlm_core.retrieval import Retrieval, Searchable, Source
 from knnlm_core.signals import lm_signals
 from knnlm_core.types import EntryRange, Neighbors
+from knnlm_core.walks import FOLLOWED, SEARCHED, SKIPPED, START, Walk, Walks, advance, ask
 
 
 class Found(NamedTuple):
     """What was decided and found for the rows of a step: W neighbours at most, source after source."""
 
-    searched: Tensor  # (B,) bool
-    lmbda: Tensor  # (B,) float64, the λ applied; 0 where nothing was searched or found
-    neighbors: Neighbors  # (B, W), nearest first within a source; all missing where nothing was searched
+    outcomes: Tensor  # (B, S) int8, SKIPPED, SEARCHED or FOLLOWED, by source
+    lmbda: Tensor  # (B,) float64, the λ applied; 0 where nothing was found
+    neighbors: Neighbors  # (B, W), nearest first within a source; found, or the pointers that were followed
     log_weights: Tensor  # (B, W) float32, of each neighbour's share of p_knn
     sources: Tensor  # (W,) int64, which source of its row's retrieval a column belongs to
     shares: Tensor  # (B, S) float64, of each source's share of p_knn; 0 where it found nothing
     lambdas: Tensor  # (B, S) float64, λ of each source; of those that found something
-    gate_scores: Tensor  # (B, S) float32, what each source's gate held against its threshold; NaN for none
+    gates: GateReport
     failures: Mapping[int, KnnlmError]  # rows of which a datastore could not be searched, and why
+
+    @property
+    def searched(self) -> Tensor:
+        """(B,) bool: whether any source was searched."""
+        return (self.outcomes == SEARCHED).any(dim=1)
+
+    @property
+    def followed(self) -> Tensor:
+        """(B,) bool: whether pointers were followed instead, and nothing was searched."""
+        return (self.outcomes == FOLLOWED).any(dim=1) & ~self.searched
+
+
+class GateReport(NamedTuple):
+    """What the gates of B rows looked at, by source."""
+
+    scores: Tensor  # (B, S) float32, what was held against the threshold; NaN for gates without one
+    pointers: Tensor  # (B, S) int64, how many there were; 0 for gates that do not follow
 
 
 class MixedRows(NamedTuple):
@@ -49,15 +67,33 @@ class MixedTargets(NamedTuple):
     found: Found
 
 
-class _Use(NamedTuple):
+class Use(NamedTuple):
     """A source, and the rows that use it as their number ``slot``."""
 
     slot: int
     source: Source
     rows: Sequence[int]
+    pointers: Neighbors | None = None  # of the rows, where they follow instead of being searched
 
 
-def find(keys: Tensor, retrievals: Sequence[Retrieval | None], context: Context | None = None) -> Found:
+class Gated(NamedTuple):
+    """What the gates decided."""
+
+    uses: Sequence[Use]
+    outcomes: Tensor  # (B, S) int8
+    report: GateReport
+    failures: Mapping[int, KnnlmError]
+
+
+Retrieving = Sequence[tuple[Retrieval, Sequence[int]]]  # each retrieval once, with the rows that share it
+
+
+def find(
+    keys: Tensor,
+    retrievals: Sequence[Retrieval | None],
+    context: Context | None = None,
+    walks: Sequence[Walks] | None = None,
+) -> Found:
     """Gate and search: one call per snapshot and exclusion for all the rows that share them.
 
     A datastore that fails takes only its own rows along: they are reported in ``failures``.
@@ -66,47 +102,84 @@ def find(keys: Tensor, retrievals: Sequence[Retrieval | None], context: Context 
         keys: (B, D) float32.
         retrievals: per row, None for a row of the plain LM.
         context: of the rows; None only where no retrieval needs it.
+        walks: of the rows, empty for those without gates that follow; None where no row has one.
     """
-    device, batch = keys.device, len(retrievals)
-    # The rows of a request share its retrieval, which is looked at once, not once per row.
+    retrieving = by_retrieval(retrievals)
+    assert walks is not None or not any(start_walks(retrieval) for retrieval, _ in retrieving), (
+        "a gate that follows was asked without the walks. This is a bug."
+    )
+    gated = gate_rows(keys, retrieving, context, walks)
+    blocks, failures = search_uses(keys, gated.uses, len(retrievals), slots=gated.outcomes.shape[1])
+    failures.update(gated.failures)
+    return assemble(gated._replace(failures=failures), blocks, retrieving, context)
+
+
+def by_retrieval(retrievals: Sequence[Retrieval | None]) -> Retrieving:
+    """The rows of a request share its retrieval, which is looked at once, not once per row."""
     rows_of: defaultdict[int, list[int]] = defaultdict(list)
     for row, retrieval in enumerate(retrievals):
         if retrieval is not None:
             rows_of[id(retrieval)].append(row)
-    retrieving = [(retrieval, rows) for rows in rows_of.values() if (retrieval := retrievals[rows[0]]) is not None]
-    uses, gate_scores = _gate(keys, retrieving, context)
-    blocks, failures = _search(keys, uses, batch, slots=gate_scores.shape[1])
+    return [(retrieval, rows) for rows in rows_of.values() if (retrieval := retrievals[rows[0]]) is not None]
+
+
+def assemble(gated: Gated, blocks: Sequence[Neighbors], retrieving: Retrieving, context: Context | None) -> Found:
+    """Weigh and fuse what was found.
+
+    Args:   blocks: for each slot, the neighbours (B, K) of all rows.
+    """
+    uses, outcomes, report, failures = gated
+    device, batch = outcomes.device, len(outcomes)
     parts = [_part(block, [use for use in uses if use.slot == slot], context) for slot, block in enumerate(blocks)]
-    searched = _marked([row for use in uses for row in use.rows], batch, device)
     merged = [row for retrieval, rows in retrieving if retrieval.fusion is Fusion.NEIGHBORS for row in rows]
     fused = fuse(parts, _marked(merged, batch, device) if merged else None)
     widths = torch.tensor([block.entry_ids.shape[1] for block in blocks], device=device)
     sources = torch.repeat_interleave(torch.arange(len(blocks), device=device), widths)
     lambdas = torch.stack([part.lmbda for part in parts], dim=1)
     return Found(
-        searched, fused.lmbda, fused.neighbors, fused.log_weights, sources, fused.shares, lambdas,
-        gate_scores, failures,
-    )  # fmt: skip
+        outcomes, fused.lmbda, fused.neighbors, fused.log_weights, sources, fused.shares, lambdas, report, failures
+    )
 
 
-def _gate(
-    keys: Tensor, retrieving: Sequence[tuple[Retrieval, Sequence[int]]], context: Context | None
-) -> tuple[list[_Use], Tensor]:
-    """The sources to be searched with the rows to search them for, and (B, S) what the gates had to say."""
+def gate_rows(keys: Tensor, retrieving: Retrieving, context: Context | None, walks: Sequence[Walks] | None) -> Gated:
+    """Ask every gate for its rows.
+
+    Args:   walks: None leaves out gates that follow.
+    """
     slots = max((len(retrieval.sources) for retrieval, _ in retrieving), default=1)
-    scores = torch.full((len(keys), slots), math.nan, device=keys.device)
-    uses = []
+    shape, device = (len(keys), slots), keys.device
+    scores, pointers = torch.full(shape, math.nan, device=device), torch.zeros(shape, dtype=torch.int64, device=device)
+    outcomes = torch.full(shape, SKIPPED, dtype=torch.int8, device=device)
+    uses: list[Use] = []
+    failures: dict[int, KnnlmError] = {}
     for retrieval, rows in retrieving:
         for slot, source in enumerate(retrieval.sources):
             if source.gate is ALWAYS:  # as most are
-                uses.append(_Use(slot, source, rows))
+                uses.append(Use(slot, source, rows))
+                outcomes[rows, slot] = SEARCHED
                 continue
-            index = torch.tensor(rows, device=keys.device)
-            decisions = source.gate(keys[index], context.take(index) if context is not None else None)
+            if source.gate.follows and walks is None:
+                continue
+            index = torch.tensor(rows, device=device)
+            known = context.take(index) if context is not None else None
+            if walks is None or not source.gate.follows:
+                decisions = source.gate(keys[index], known)
+                outcomes[index, slot] = decisions.search.to(torch.int8) * SEARCHED
+            else:
+                try:
+                    asked = ask(source, keys[index], known, [walks[row][slot] for row in rows])
+                except KnnlmError as error:
+                    failures.update(dict.fromkeys(rows, error))
+                    continue
+                decisions, outcomes[index, slot] = asked.decisions, asked.outcomes
+                pointers[index, slot] = asked.pointers.counts
+                if bool((follow := asked.outcomes == FOLLOWED).any()):
+                    near = Neighbors(*(column[follow] for column in asked.pointers.neighbors))
+                    uses.append(Use(slot, source, index[follow].tolist(), near))
             scores[index, slot] = decisions.scores
             if chosen := index[decisions.search].tolist():
-                uses.append(_Use(slot, source, chosen))
-    return uses, scores
+                uses.append(Use(slot, source, chosen))
+    return Gated(uses, outcomes, GateReport(scores, pointers), failures)
 
 
 def _marked(rows: Sequence[int], batch: int, device: torch.device) -> Tensor:
@@ -115,16 +188,16 @@ def _marked(rows: Sequence[int], batch: int, device: torch.device) -> Tensor:
     return marked
 
 
-def _search(
-    keys: Tensor, uses: Sequence[_Use], batch: int, slots: int
+def search_uses(
+    keys: Tensor, uses: Sequence[Use], batch: int, slots: int
 ) -> tuple[list[Neighbors], dict[int, KnnlmError]]:
     """What each slot's sources found for all rows, and the rows that could not be searched for."""
-    groups: defaultdict[tuple[Searchable, tuple[EntryRange, ...]], list[_Use]] = defaultdict(list)
-    for use in uses:
-        groups[use.source.datastore, use.source.exclude].append(use)
+    groups: defaultdict[tuple[Searchable, tuple[EntryRange, ...]], list[Use]] = defaultdict(list)
     widths = [1] * slots
     for use in uses:
-        widths[use.slot] = max(widths[use.slot], use.source.k)
+        if use.pointers is None:
+            groups[use.source.datastore, use.source.exclude].append(use)
+        widths[use.slot] = max(widths[use.slot], use.source.k if use.pointers is None else use.pointers.values.shape[1])
     blocks: list[Neighbors | None] = [None] * len(widths)
     failures: dict[int, KnnlmError] = {}
     for (datastore, exclude), group in groups.items():
@@ -140,23 +213,24 @@ def _search(
         found = Neighbors(*(column.to(keys.device) for column in found))
         if everything:
             blocks[group[0].slot] = found
-        else:
-            _put(found, group, blocks, widths, batch)
+            continue
+        start = 0
+        for use in group:
+            stop = start + len(use.rows)
+            put(Neighbors(*(column[start:stop, : use.source.k] for column in found)), use, blocks, widths, batch)
+            start = stop
+    for use in uses:
+        if use.pointers is not None:
+            put(use.pointers, use, blocks, widths, batch)
     return [block or _no_neighbors(batch, k, keys.device) for block, k in zip(blocks, widths, strict=True)], failures
 
 
-def _put(
-    found: Neighbors, group: Sequence[_Use], blocks: list[Neighbors | None], widths: Sequence[int], batch: int
-) -> None:
-    """Write what was found for a group of uses, one after the other, into the blocks of their slots."""
-    start = 0
-    for use in group:
-        block = blocks[use.slot] or _no_neighbors(batch, widths[use.slot], found.entry_ids.device)
-        blocks[use.slot] = block
-        rows, k = slice(start, start + len(use.rows)), use.source.k
-        for into, column in zip(block, found, strict=True):
-            into[use.rows, :k] = column[rows, :k]
-        start += len(use.rows)
+def put(found: Neighbors, use: Use, blocks: list[Neighbors | None], widths: Sequence[int], batch: int) -> None:
+    """Write the neighbours of a use's rows into the block of its slot."""
+    block = blocks[use.slot] or _no_neighbors(batch, widths[use.slot], found.entry_ids.device)
+    blocks[use.slot] = block
+    for into, column in zip(block, found, strict=True):
+        into[use.rows, : column.shape[1]] = column
 
 
 def _no_neighbors(batch: int, width: int, device: torch.device) -> Neighbors:
@@ -167,31 +241,38 @@ def _no_neighbors(batch: int, width: int, device: torch.device) -> Neighbors:
     )
 
 
-def _part(block: Neighbors, uses: Sequence[_Use], context: Context | None) -> Part:
+def _part(block: Neighbors, uses: Sequence[Use], context: Context | None) -> Part:
     """A slot's neighbours (B, K) with the settings of the rows that use it."""
     device, (batch, width) = block.entry_ids.device, block.entry_ids.shape
     ks = torch.full((batch,), width, device=device)
     tau = torch.ones(batch, device=device)
     lmbda, weight = (torch.zeros(batch, dtype=torch.float64, device=device) for _ in range(2))
-    for _, source, rows in uses:
-        ks[rows], tau[rows], lmbda[rows], weight[rows] = source.k, source.knn_temperature, source.lmbda, source.weight
+    for use in uses:
+        rows, source = use.rows, use.source
+        ks[rows] = source.k if use.pointers is None else width  # there are no more pointers than there are
+        tau[rows], lmbda[rows], weight[rows] = source.knn_temperature, source.lmbda, source.weight
     if bool((ks < width).any()):
         # A row that asked for fewer neighbours than its group sees only its own.
         beyond = torch.arange(width, device=device)[None] >= ks[:, None]
         block = block._replace(entry_ids=block.entry_ids.masked_fill(beyond, -1))
     log_weights = neighbor_log_weights(block, tau)
-    for _, source, rows in uses:
-        if source.lambda_rule is not None:
+    for use in uses:
+        rule = use.source.lambda_rule if use.pointers is None else use.source.follow_rule or use.source.lambda_rule
+        if rule is not None:
             assert context is not None, "a λ was asked for without what it looks at. This is a bug."
             # As in scoring: all rows are this source's, and nothing has to be picked out.
-            index = slice(None) if len(rows) == batch else torch.tensor(rows, device=device)
+            index = slice(None) if len(use.rows) == batch else torch.tensor(use.rows, device=device)
             near = Neighbors(*(column[index] for column in block))
-            lmbda[index] = source.lambda_rule(near, log_weights[index], context.signals.take(index))
+            lmbda[index] = rule(near, log_weights[index], context.signals.take(index))
     return Part(block, log_weights, tau, lmbda, weight)
 
 
 def mix_rows(
-    lm_log_probs: Tensor, keys: Tensor, retrievals: Sequence[Retrieval | None], positions: Tensor | None = None
+    lm_log_probs: Tensor,
+    keys: Tensor,
+    retrievals: Sequence[Retrieval | None],
+    positions: Tensor | None = None,
+    walks: Sequence[Walks] | None = None,
 ) -> MixedRows:
     """The mixture's whole distribution for each row, as generation needs it.
 
@@ -199,12 +280,23 @@ def mix_rows(
         lm_log_probs: (B, V) float32, log-softmaxed.
         keys: (B, D) float32.
         positions: (B,) int64, how many tokens come before each; None only where no retrieval needs a context.
+        walks: as in `find`.
     """
-    context = None
-    if any(retrieval is not None and retrieval.needs_context for retrieval in retrievals):
-        assert positions is not None, "a gate or a λ was asked for without what it looks at. This is a bug."
-        context = Context(lm_signals(lm_log_probs), positions)
-    found = find(keys, retrievals, context)
+    return mix_found(lm_log_probs, find(keys, retrievals, context_of(lm_log_probs, retrievals, positions), walks))
+
+
+def context_of(
+    lm_log_probs: Tensor, retrievals: Sequence[Retrieval | None], positions: Tensor | None
+) -> Context | None:
+    """What gates and λ rules look at; None where no retrieval needs it. Arguments as for `mix_rows`."""
+    if not any(retrieval is not None and retrieval.needs_context for retrieval in retrievals):
+        return None
+    assert positions is not None, "a gate or a λ was asked for without what it looks at. This is a bug."
+    return Context(lm_signals(lm_log_probs), positions)
+
+
+def mix_found(lm_log_probs: Tensor, found: Found) -> MixedRows:
+    """`mix_rows` with what was found already."""
     if not bool((found.lmbda > 0).any()):
         return MixedRows(lm_log_probs, found)
     sparse = token_log_probs(found.neighbors.values, found.log_weights)
@@ -227,11 +319,52 @@ def mix_targets(
         context: as in `find`.
     Raises: KnnlmError: a datastore could not be searched.
     """
-    found = find(keys, retrievals, context)
+    return mix_found_targets(lm_log_probs, targets, find(keys, retrievals, context))
+
+
+def mix_found_targets(lm_log_probs: Tensor, targets: Tensor, found: Found) -> MixedTargets:
+    """`mix_targets` with what was found already."""
     for error in found.failures.values():
         raise error
     knn = target_log_mass(found.neighbors.values, found.log_weights, targets)
     return MixedTargets(interpolate_targets(lm_log_probs, knn, found.lmbda.float()), found)
+
+
+def start_walks(retrieval: Retrieval | None) -> Walks:
+    """Where a sequence begins; empty if no gate follows."""
+    follows = retrieval is not None and any(source.gate.follows for source in retrieval.sources)
+    return (START,) * len(retrieval.sources) if retrieval is not None and follows else ()
+
+
+def advance_walks(
+    walks: Sequence[Walks],
+    retrievals: Sequence[Retrieval | None],
+    found: Found,
+    rows: Sequence[int],
+    tokens: Sequence[int],
+) -> list[Walks]:
+    """The walks of R sequences after their tokens came.
+
+    Args:
+        walks, retrievals, tokens: R of them.
+        rows: for each, its row in ``found``; several sequences may fork from one.
+    Raises: KnnlmError: a datastore could not be read.
+    """
+    advanced: list[list[Walk]] = [list(walk) for walk in walks]
+    groups: defaultdict[tuple[int, Searchable], list[int]] = defaultdict(list)
+    for i, (walk, retrieval) in enumerate(zip(walks, retrievals, strict=True)):
+        if retrieval is not None:
+            for slot in range(len(walk)):
+                groups[slot, retrieval.sources[slot].datastore].append(i)
+    for (slot, datastore), members in groups.items():
+        at = torch.tensor([rows[i] for i in members], device=found.lmbda.device)
+        columns = (found.sources == slot).nonzero()[:, 0]
+        neighbors = Neighbors(*(column[at][:, columns] for column in found.neighbors))
+        outcomes = found.outcomes[at, slot].tolist()
+        moved = advance([walks[i][slot] for i in members], outcomes, neighbors, [tokens[i] for i in members], datastore)
+        for i, itself in zip(members, moved, strict=True):
+            advanced[i][slot] = itself
+    return [tuple(parts) for parts in advanced]
 
 
 def source_log_probs(keys: Tensor, targets: Tensor, retrieval: Retrieval) -> Tensor:

@@ -10,11 +10,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from knnlm_core.datastore.calibration import Calibration, LambdaRules
+from knnlm_core.datastore.calibration import BucketedLambda, Calibration, FollowRule, LambdaRules, RrcLambda
 from knnlm_core.errors import DatastoreMismatch, InvalidKnnParams, InvalidParameter
 from knnlm_core.knn.fusion import Fusion
-from knnlm_core.knn.gates import ALWAYS, Gate
+from knnlm_core.knn.gates import ALWAYS, GATE_FEATURES, Gate, GateMode, LearnedGate, parse_gate, parse_mode
 from knnlm_core.knn.lambdas import LAMBDA_FEATURES, Bucketed, LambdaMode, LambdaRule, Learned, Rrc
+from knnlm_core.trees import Trees
 from knnlm_core.types import EntryRange, Neighbors
 
 MAX_K = 4096
@@ -32,6 +33,14 @@ class Searchable(Protocol):
         """The k nearest entries of each query (B, D), nearest first, none of them excluded."""
         ...
 
+    def lookup(self, queries: Tensor, entry_ids: Tensor, *, exclude: Sequence[EntryRange] = ()) -> Neighbors:
+        """Chosen entries (B, K), −1 for none, at their distances to each query; what is excluded is missing."""
+        ...
+
+    def next_entry(self, entry_ids: Tensor) -> Tensor:
+        """The entry after each one in its document, (…) int64; −1 after the last."""
+        ...
+
 
 def lambda_rule(rules: LambdaRules, mode: LambdaMode, name: str) -> LambdaRule | None:
     """One of a calibration's rules, ready to be applied; None for `LambdaMode.FIXED`.
@@ -43,27 +52,32 @@ def lambda_rule(rules: LambdaRules, mode: LambdaMode, name: str) -> LambdaRule |
     """
     if mode is LambdaMode.FIXED:
         return None
-    if mode is LambdaMode.BUCKETED and rules.bucketed is not None:
-        return Bucketed(_numbers(rules.bucketed.edges).float(), _numbers(rules.bucketed.lambdas))
-    if mode is LambdaMode.RRC and rules.rrc is not None:
-        return Rrc(rules.rrc.alpha, rules.rrc.scale)
-    if mode is LambdaMode.LEARNED and rules.learned is not None:
-        learned = rules.learned
-        if learned.features != LAMBDA_FEATURES:
-            raise DatastoreMismatch(
-                name,
-                field="lambda_rules.learned.features",
-                have=", ".join(learned.features)[:500],
-                need=", ".join(LAMBDA_FEATURES),
-                needed_by="this reader",
-            )
-        layers = tuple((_numbers(layer.weight), _numbers(layer.bias)) for layer in learned.layers)
-        return Learned(_numbers(learned.mean), _numbers(learned.scale), layers)
+    fitted: FollowRule | None = getattr(rules, mode)
+    if fitted is not None:
+        return ready_rule(fitted, name)
     offered = ", ".join(["fixed", *(name for name, rule in rules if rule is not None)])
     raise InvalidKnnParams(
         f"`knn.lambda_mode` must be one that the calibration of datastore {name!r} has ({offered}), got {str(mode)!r}",
         param="knn.lambda_mode",
     )
+
+
+def ready_rule(rule: FollowRule, name: str) -> LambdaRule:
+    """A fitted rule, ready to be applied. Raises DatastoreMismatch: it looks at features unknown to this build."""
+    if isinstance(rule, BucketedLambda):
+        return Bucketed(_numbers(rule.edges).float(), _numbers(rule.lambdas))
+    if isinstance(rule, RrcLambda):
+        return Rrc(rule.alpha, rule.scale)
+    _check_features("lambda_rules.learned.features", rule.features, LAMBDA_FEATURES, name)
+    layers = tuple((_numbers(layer.weight), _numbers(layer.bias)) for layer in rule.layers)
+    return Learned(_numbers(rule.mean), _numbers(rule.scale), layers)
+
+
+def _check_features(field: str, have: Sequence[str], need: Sequence[str], name: str) -> None:
+    if tuple(have) != tuple(need):
+        raise DatastoreMismatch(
+            name, field=field, have=", ".join(have)[:500], need=", ".join(need), needed_by="this reader"
+        )
 
 
 def _numbers(given: Sequence[object]) -> Tensor:
@@ -83,6 +97,7 @@ class Source:
         weight: w > 0; those of a row sum to one.
         gate: when to search it.
         lambda_rule: sets λ row by row, in place of ``lmbda``; not where neighbours of several stores are merged.
+        follow_rule: the same for rows that follow pointers; None for what holds of searched ones.
     """
 
     datastore: Searchable
@@ -93,6 +108,7 @@ class Source:
     weight: float = 1.0
     gate: Gate = ALWAYS
     lambda_rule: LambdaRule | None = None
+    follow_rule: LambdaRule | None = None
 
     def check(self) -> None:
         """Raises InvalidKnnParams: naming the field, its limits and its value."""
@@ -107,12 +123,34 @@ class Source:
             raise InvalidKnnParams(f"`knn.lambda` must be in 0 … 1, got {self.lmbda:g}", param="knn.lambda")
 
 
-def check_lambda_rules(calibration: Calibration | None, name: str) -> None:
-    """Raises DatastoreMismatch: a rule looks at what this build does not know."""
-    if calibration is not None:
-        for mode in LambdaMode:
-            if getattr(calibration.lambda_rules, mode, None) is not None:
-                lambda_rule(calibration.lambda_rules, mode, name)
+def check_rules(calibration: Calibration | None, name: str) -> None:
+    """Raises DatastoreMismatch: a rule or a gate looks at what this build does not know."""
+    if calibration is None:
+        return
+    for mode in LambdaMode:
+        if getattr(calibration.lambda_rules, mode, None) is not None:
+            lambda_rule(calibration.lambda_rules, mode, name)
+    if calibration.follow_rule is not None:
+        ready_rule(calibration.follow_rule, name)
+    if calibration.gate != "learned":
+        try:
+            parse_gate(calibration.gate, calibration.gate_threshold)
+        except InvalidKnnParams as error:
+            raise DatastoreMismatch(
+                name,
+                field="gate_threshold",
+                have=f"{calibration.gate_threshold} for the gate {calibration.gate}",
+                need=error.message,
+                needed_by="this reader",
+            ) from error
+    if calibration.gate_trees is not None:
+        _check_features("gate_trees.features", calibration.gate_trees.features, GATE_FEATURES, name)
+
+
+def keeps_to(calibration: Calibration | None, source: Source) -> bool:
+    """Whether a source has the calibrated k and τ, for which rules and gates were fitted."""
+    calibrated = calibration and (calibration.k, calibration.knn_temperature)
+    return (source.k, source.knn_temperature) == calibrated
 
 
 def with_lambda_mode(source: Source, calibration: Calibration | None, mode: LambdaMode | None, name: str) -> Source:
@@ -125,10 +163,7 @@ def with_lambda_mode(source: Source, calibration: Calibration | None, mode: Lamb
     """
     if mode is LambdaMode.FIXED:
         return source
-    fits = calibration is not None and (source.k, source.knn_temperature) == (
-        calibration.k,
-        calibration.knn_temperature,
-    )
+    fits = keeps_to(calibration, source)
     if mode is None:
         if calibration is None or not fits:
             return source
@@ -140,7 +175,48 @@ def with_lambda_mode(source: Source, calibration: Calibration | None, mode: Lamb
             f"τ {source.knn_temperature:g}",
             param="knn.lambda_mode",
         )
-    return replace(source, lambda_rule=rule)
+    follow = calibration.follow_rule if calibration is not None else None
+    return replace(source, lambda_rule=rule, follow_rule=None if follow is None else ready_rule(follow, name))
+
+
+def with_gate(
+    source: Source,
+    calibration: Calibration | None,
+    trees: Trees | None,
+    gate: tuple[str, float | None] | None,
+    name: str,
+) -> Source:
+    """Let a gate decide when datastore ``name`` is searched.
+
+    The gate `learned` was fitted for the calibrated k and τ. Without a wish, a source that keeps to these gets the
+    calibrated gate; for another k or τ every token is searched.
+
+    Args:
+        trees: of the calibration.
+        gate: name and threshold that a request gives.
+    Raises: InvalidKnnParams: no such gate, a threshold out of bounds, or trees that there are not or that do not fit.
+    """
+    fits = keeps_to(calibration, source)
+    if gate is None:
+        if calibration is None or not fits:
+            return source
+        gate = calibration.gate, calibration.gate_threshold
+    mode, threshold = parse_mode(gate[0]), gate[1]
+    if mode is not GateMode.LEARNED:
+        return replace(source, gate=parse_gate(mode, threshold))
+    if calibration is None or calibration.learned_threshold is None or trees is None:
+        raise InvalidKnnParams(
+            f"`knn.gate` learned needs a gate in the calibration of datastore {name!r}, and there is none; "
+            "`knnlm calibrate` fits one where it has enough held-out text",
+            param="knn.gate",
+        )
+    if not fits:
+        raise InvalidKnnParams(
+            f"`knn.gate` learned holds for the calibrated k and τ alone, got k {source.k} and "
+            f"τ {source.knn_temperature:g}",
+            param="knn.gate",
+        )
+    return replace(source, gate=LearnedGate(trees, calibration.learned_threshold if threshold is None else threshold))
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +241,12 @@ class Retrieval:
     @property
     def needs_context(self) -> bool:
         """Whether a gate or a λ looks at more than keys and distances."""
-        return any(source.gate.needs_context or source.lambda_rule is not None for source in self.sources)
+        return any(
+            source.gate.needs_context
+            or source.lambda_rule is not None
+            or (source.gate.follows and source.follow_rule is not None)
+            for source in self.sources
+        )
 
     @property
     def gate_name(self) -> str:

@@ -70,21 +70,21 @@ def settle_windows(window: int | None, stride: int | None, *, max_length: int) -
     return WindowSizes(window, stride)
 
 
-def rolling_windows(num_tokens: int, window: int, stride: int) -> Iterator[Window]:
-    """Cut ``num_tokens`` tokens into windows that together score positions 1 … num_tokens − 1 once each.
+def rolling_windows(num_tokens: int, window: int, stride: int, first: int = 1) -> Iterator[Window]:
+    """Cut ``num_tokens`` tokens into windows that together score positions ``first`` … num_tokens − 1 once each.
 
     The first window scores up to ``window − 1`` tokens, each later one up to ``stride``, with at least
-    ``window − stride`` tokens of context.
+    ``window − stride`` tokens of context. Windows lie where they would lie for ``first`` = 1; those that score nothing
+    are left out.
     """
     check_window(window, stride)
-    if num_tokens < 2:
-        return
     end = min(window, num_tokens)
-    yield Window(0, end, 1)
-    while end < num_tokens:
+    first_target = 1
+    while first_target < num_tokens:
+        if end > first:
+            # The last window keeps the full left context that its length allows.
+            yield Window(max(0, end - window), end, max(first, first_target))
         first_target, end = end, min(end + stride, num_tokens)
-        # The last window keeps the full left context that its length allows.
-        yield Window(max(0, end - window), end, first_target)
 
 
 def context_length(position: int, num_tokens: int, window: int, stride: int) -> int:

@@ -40,13 +40,15 @@ def build(
     device: Annotated[str | None, _option("device", "--device")] = None,
     threads: Annotated[int | None, _option("threads", "--threads")] = None,
     batch_tokens: Annotated[int | None, _option("batch_tokens", "--batch-tokens")] = None,
+    latency_budget_ms: Annotated[float | None, _option("latency_budget_ms", "--latency-budget-ms")] = None,
     seed: Annotated[int | None, _option("seed", "--seed")] = None,
     force: Annotated[bool, _option("force", "--force")] = False,
 ) -> None:
     """Build a datastore from text and publish it: read, encode, index, calibrate, verify, publish.
 
-    Part of the text is held out to choose k, τ and λ and to tell whether the datastore helps at all; one that does not
-    is not published unless --force is given. An interrupted build goes on where it stopped when it is run again.
+    Part of the text is held out to choose k, τ, λ and the gate, and to tell whether the datastore helps at all; one
+    that does not is not published unless --force is given. An interrupted build goes on where it stopped when it is run
+    again.
     """
     given = dict(locals())
     given["inputs"] = tuple(inputs)
@@ -66,10 +68,13 @@ def calibrate(
     device: Annotated[str | None, _option("device", "--device", of=CalibrateSettings)] = None,
     threads: Annotated[int | None, _option("threads", "--threads", of=CalibrateSettings)] = None,
     batch_tokens: Annotated[int | None, _option("batch_tokens", "--batch-tokens", of=CalibrateSettings)] = None,
+    latency_budget_ms: Annotated[
+        float | None, _option("latency_budget_ms", "--latency-budget-ms", of=CalibrateSettings)
+    ] = None,
     seed: Annotated[int | None, _option("seed", "--seed", of=CalibrateSettings)] = None,
     force: Annotated[bool, _option("force", "--force", of=CalibrateSettings)] = False,
 ) -> None:
-    """Choose k, τ and how λ is set anew, on the text that the build held out, and make the result current.
+    """Choose k, τ, λ and the gate anew, on the text that the build held out, and make the result current.
 
     One search of the held-out text is cached; everything is fitted to it, and reported on documents that nothing was
     fitted on. The published version is not touched, and earlier calibrations stay beside it.

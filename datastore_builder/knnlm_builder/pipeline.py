@@ -15,10 +15,11 @@ from knnlm_builder.corpus import read_documents
 from knnlm_builder.journal import discard_other_builds, discard_partial_files, exclusive
 from knnlm_builder.progress import Reporter
 from knnlm_builder.settings import BuildSettings
-from knnlm_builder.stages.calibrate import MAX_K, MIN_SCORED_TOKENS, calibrate
-from knnlm_builder.stages.curve import CURVE, Curve, draw_curves
+from knnlm_builder.stages.calibrate import MAX_K, MIN_SCORED_TOKENS, Calibrated, calibrate
+from knnlm_builder.stages.curve import draw
 from knnlm_builder.stages.held_out import encode_held_out
 from knnlm_builder.stages.plan import Plan, ShardPlan, make_plan
+from knnlm_builder.stages.practice import gather_practice
 from knnlm_builder.stages.recall import GateResult, choose_nprobe
 from knnlm_builder.stages.shards import build_indexes, build_shard
 from knnlm_builder.stages.verify import SelfCheck, verify, verify_as_reader
@@ -114,9 +115,27 @@ def _build(
     try:
         measured = choose_nprobe(datastore, queries, min(MAX_K, datastore.entries), seed=settings.seed)
         gate = measured.gate
-        calibration, curves = calibrate(
-            datastore, plan, queries, seed=settings.seed, nprobe=gate.nprobe, reporter=reporter
+        practice = gather_practice(
+            lm,
+            lm.tokenizer,
+            datastore,
+            k=min(MAX_K, datastore.entries),
+            nprobe=gate.nprobe,
+            seed=settings.seed,
+            batch_tokens=settings.batch_tokens,
+            reporter=reporter,
         )
+        made = calibrate(
+            datastore,
+            plan,
+            queries,
+            practice=practice,
+            seed=settings.seed,
+            nprobe=gate.nprobe,
+            reporter=reporter,
+            budget_ms=settings.latency_budget_ms,
+        )
+        calibration = made.calibration
         check = verify(datastore, plan, nprobe=gate.nprobe, seed=settings.seed)
     finally:
         datastore.close()
@@ -136,7 +155,7 @@ def _build(
     files = manifest.files | {layout.CANARIES: _write_canaries(folder, plan, measured)}
     manifest.model_copy(update={"index": spec, "quality": quality, "files": files}).write(folder / layout.MANIFEST)
     verify_as_reader(folder)
-    _publish(settings, version, calibration, curves, reporter)
+    _publish(settings, version, made, reporter)
     reporter.say(f"Published {settings.name} version {version}: {plan.num_entries:,} entries, under {settings.output}")
     return BuildResult(settings.name, version, plan.num_entries, calibration, was_published=False)
 
@@ -237,21 +256,19 @@ def _quality(
     }
 
 
-def _publish(
-    settings: BuildSettings, version: str, calibration: Calibration, curves: Sequence[Curve], reporter: Reporter
-) -> None:
+def _publish(settings: BuildSettings, version: str, made: Calibrated, reporter: Reporter) -> None:
     """Calibration first, then the version, then CURRENT: each step leaves what readers see whole."""
+    calibration = made.calibration
     # A calibration of a version that was never published is what an interrupted build left.
     shutil.rmtree(layout.calibration_folder(settings.output, settings.name, calibration.id), ignore_errors=True)
-    beside = write_calibration(settings.output, settings.name, calibration)
-    if problem := draw_curves(beside / CURVE, curves, calibration):
-        reporter.say(f"{CURVE} is not drawn: {problem}")
+    beside = write_calibration(settings.output, settings.name, calibration, made.trees)
+    draw(beside, made.curves, calibration, reporter)
     publish(settings.output, settings.name, version, calibration.id)
 
 
 def _already_published(settings: BuildSettings, version: str, reporter: Reporter) -> BuildResult:
     """The same inputs were published before: make that version current again if it is not."""
-    _, manifest, calibration = find_version(settings.output, settings.name, version)
+    _, manifest, calibration, _ = find_version(settings.output, settings.name, version)
     if not _is_current(settings, version):
         set_current(settings.output, settings.name, version, calibration.id if calibration else None)
     reporter.say(f"{settings.name} version {version} is published already: the same text, settings and model")

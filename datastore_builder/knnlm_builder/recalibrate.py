@@ -11,10 +11,11 @@ import torch
 from knnlm_builder.pipeline import say_calibration
 from knnlm_builder.progress import Reporter
 from knnlm_builder.settings import CalibrateSettings
-from knnlm_builder.stages.calibrate import MIN_SCORED_TOKENS, Calibrated, calibrate
-from knnlm_builder.stages.curve import CURVE, draw_curves
+from knnlm_builder.stages.calibrate import MAX_K, MIN_SCORED_TOKENS, Calibrated, calibrate
+from knnlm_builder.stages.curve import draw
 from knnlm_builder.stages.held_out import encode_held_out
 from knnlm_builder.stages.plan import plan_held_out
+from knnlm_builder.stages.practice import gather_practice
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.calibration import Calibration, read_calibration, write_calibration
 from knnlm_core.datastore.ledger_file import read_ledger
@@ -65,9 +66,7 @@ def calibrate_with(lm: HuggingFaceLM, settings: CalibrateSettings, reporter: Rep
                 reporter.say("The same settings, text and model: this calibration is the current one already")
                 return calibration
         else:
-            beside = write_calibration(root, name, calibration)
-            if problem := draw_curves(beside / CURVE, made.curves, calibration):
-                reporter.say(f"{CURVE} is not drawn: {problem}")
+            draw(write_calibration(root, name, calibration, made.trees), made.curves, calibration, reporter)
         set_current(root, name, datastore.version, calibration.id)
         reporter.say(f"{name} version {datastore.version} is served with calibration {calibration.id} from now on")
     return calibration
@@ -84,4 +83,24 @@ def _calibrated(
         )
     queries = encode_held_out(lm, plan, plan.held_out, batch_tokens=settings.batch_tokens, reporter=reporter)
     nprobe = datastore.manifest.index.nprobe if datastore.manifest.index.is_trained else 0
-    return calibrate(datastore, plan, queries, seed=settings.seed, nprobe=nprobe, reporter=reporter)
+    practice = gather_practice(
+        lm,
+        lm.tokenizer,
+        datastore,
+        dead,
+        k=min(MAX_K, datastore.entries),
+        nprobe=nprobe,
+        seed=settings.seed,
+        batch_tokens=settings.batch_tokens,
+        reporter=reporter,
+    )
+    return calibrate(
+        datastore,
+        plan,
+        queries,
+        seed=settings.seed,
+        nprobe=nprobe,
+        reporter=reporter,
+        practice=practice,
+        budget_ms=settings.latency_budget_ms,
+    )

@@ -22,7 +22,19 @@ class _LMSettings(BaseModel):
     batch_tokens: int = Field(default=4096, ge=1, description="Padded tokens per forward pass.")
 
 
-class BuildSettings(_LMSettings):
+class _GateSettings(BaseModel):
+    """How the default gate is chosen."""
+
+    latency_budget_ms: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Milliseconds of retrieval per token that the default gate must keep to, on average and on this "
+        "machine; by default every token is searched.",
+    )
+
+
+class BuildSettings(_LMSettings, _GateSettings):
     """Settings of one build; those that shape the result enter the datastore's version."""
 
     model: str = Field(description="Language model: hub id, folder or GGUF file.")
@@ -52,7 +64,7 @@ class BuildSettings(_LMSettings):
         return settle_windows(self.window, self.stride, max_length=max_length)
 
 
-class CalibrateSettings(_LMSettings):
+class CalibrateSettings(_LMSettings, _GateSettings):
     """Settings of one calibration of a published version."""
 
     model: str = Field(description="Language model that the datastore was built with: hub id, folder or GGUF file.")

@@ -19,6 +19,7 @@ from knnlm_core import __version__
 from knnlm_core.datastore.snapshot import Snapshot
 from knnlm_core.errors import InvalidParameter, KnnlmError
 from knnlm_core.lm.loading import LoadOptions, load_lm, model_name
+from knnlm_core.query_cache import QueryCache
 from knnlm_server.api import (
     chat,
     completions,
@@ -164,7 +165,8 @@ def build_backend(state: Service) -> Backend:
     if watcher is not None:
         watcher.start()
     shadow = _shadow(registry, engine, settings.shadow_exact)
-    return Backend(lm, lm.tokenizer, engine, registry, name, watcher, shadow)
+    query_cache = QueryCache(settings.query_cache_bytes) if settings.query_cache_bytes else None
+    return Backend(lm, lm.tokenizer, engine, registry, name, watcher, shadow, query_cache)
 
 
 def _shadow(registry: Registry, engine: Engine, fraction: float) -> ShadowSearch | None:

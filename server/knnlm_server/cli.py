@@ -40,6 +40,7 @@ def serve(
     max_sequences: Annotated[int | None, _option("max_sequences", "--max-sequences")] = None,
     kv_cache_bytes: Annotated[int | None, _option("kv_cache_bytes", "--kv-cache-bytes")] = None,
     prefix_cache_bytes: Annotated[int | None, _option("prefix_cache_bytes", "--prefix-cache-bytes")] = None,
+    query_cache_bytes: Annotated[int | None, _option("query_cache_bytes", "--query-cache-bytes")] = None,
     step_tokens: Annotated[int | None, _option("step_tokens", "--step-tokens")] = None,
     max_queued: Annotated[int | None, _option("max_queued", "--max-queued")] = None,
     max_body_bytes: Annotated[int | None, _option("max_body_bytes", "--max-body-bytes")] = None,

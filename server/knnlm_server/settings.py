@@ -98,6 +98,11 @@ class ServerSettings(BaseSettings):
         ge=0,
         description="Bound on the KV cache kept of prompts' beginnings, in bytes; 0 turns it off.",
     )
+    query_cache_bytes: int = Field(
+        default=64 << 20,
+        ge=0,
+        description="Bound on the search results kept for contexts that come again, in bytes; 0 turns it off.",
+    )
     step_tokens: int = Field(default=512, ge=1, description="Tokens of decoding and prefill per step.")
     max_queued: int = Field(default=256, ge=0, description="Requests that may wait; one more is answered 503.")
     max_body_bytes: int = Field(default=32 << 20, ge=1024, description="Largest request body in bytes.")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import httpx
 import numpy as np
@@ -35,7 +35,7 @@ from knnlm_cli.score_results import DocumentScores, Scores
 from knnlm_cli.score_settings import read_settings
 from knnlm_cli.score_stored import stored_among
 from knnlm_cli.score_table import MAX_ROWS, print_report
-from knnlm_cli.score_used import Setting, Used, choose_windows
+from knnlm_cli.score_used import Setting, Used, choose_retrieval, choose_windows
 from knnlm_core.errors import InvalidParameter, Overloaded, ServiceError, UnsupportedFeature
 
 USED = Used(
@@ -59,7 +59,11 @@ def scores_of(lengths: list[int], seed: int = 0, *, overlap: bool = True) -> Sco
         base = -draw.exponential(3, length).astype(np.float32)
         mixed = (base + draw.normal(0.05, 0.3, length)).astype(np.float32)
         matches = draw.choice([0, 1, 2, 4, 8, 16, 32], length).astype(np.uint8) if overlap else None
-        scores.add(DocumentScores(f"doc-{i}", 4 * length, length, i == 0, base, mixed, matches, None))
+        scores.add(
+            DocumentScores(
+                f"doc-{i}", 4 * length, length - length // 4, length // 4, i == 0, base, mixed, matches, None
+            )
+        )
     return scores
 
 
@@ -68,6 +72,53 @@ def printed(scores: Scores, used: Used, width: int = 120) -> str:
     with (console := Console(width=width, force_terminal=False)).capture() as captured:
         print_report(console, scores, total, used)
     return captured.get()
+
+
+# -- settings --------------------------------------------------------------------------------------------------------
+
+CALIBRATION: dict[str, Any] = {
+    "id": "fedcba9876543210", "k": 8, "temperature": 15.0, "lambda": 0.25, "lambda_mode": "rrc", "gate": "automaton",
+    "gate_threshold": 2.0, "helps": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "gate", "mode"),
+    [
+        ({}, {}, {"gate": ("automaton", "c"), "gate_threshold": (2.0, "c")}, ("rrc", "c")),
+        ({}, {"gate": "never", "gate_threshold": None}, {"gate": ("never", "c")}, ("rrc", "c")),
+        ({"k": 8}, {}, {"gate": ("automaton", "c"), "gate_threshold": (2.0, "c")}, ("rrc", "c")),
+        ({"k": 9}, {}, {"gate": ("always", "default")}, ("fixed", "default")),
+        ({"temperature": 14.0}, {}, {"gate": ("always", "default")}, ("fixed", "default")),
+        ({"lmbda": 0.5}, {}, {"gate": ("automaton", "c"), "gate_threshold": (2.0, "c")}, ("fixed", "default")),
+        ({"gate": "learned"}, {}, {"gate": ("learned", "command line")}, ("rrc", "c")),
+        (
+            {"gate": "every_n", "gate_threshold": 3.0, "lambda_mode": "fixed"},
+            {},
+            {"gate": ("every_n", "command line"), "gate_threshold": (3.0, "command line")},
+            ("fixed", "command line"),
+        ),
+    ],
+)
+def test_gate_and_mode_are_reported_as_they_are_used(
+    options: dict[str, Any], changes: dict[str, Any], gate: dict[str, tuple[Any, str]], mode: tuple[str, str]
+) -> None:
+    settings = read_settings(files=(Path("x"),), model="lm", datastore="root/law", **options)
+    used = choose_retrieval(settings, "law", {**CALIBRATION, **changes})
+    told = {
+        name: (value, "c" if source.startswith("calibration") else source) for name, (value, source) in used.items()
+    }
+    assert told.pop("lambda_mode") == mode
+    assert {name: told[name] for name in ("gate", "gate_threshold") if name in told} == gate
+    assert list(used)[:4] == ["k", "temperature", "lambda", "lambda_mode"]
+
+
+def test_without_a_calibration_k_tau_and_lambda_must_be_given() -> None:
+    place = {"files": (Path("x"),), "model": "lm", "datastore": "root/law"}
+    used = choose_retrieval(read_settings(**place, k=4, temperature=9.0, lmbda=0.5), "law", None)
+    assert (used["lambda_mode"], used["gate"]) == (("fixed", "default"), ("always", "default"))
+    with pytest.raises(InvalidParameter, match="no calibration, so --temperature must be given"):
+        choose_retrieval(read_settings(**place, k=4, lmbda=0.5), "law", None)
 
 
 # -- scores and totals -----------------------------------------------------------------------------------------------
@@ -90,7 +141,10 @@ def test_totals_are_float64_sums_over_all_tokens() -> None:
     scores = scores_of([700, 0, 1500])
     total = total_of(scores, with_retrieval=True)
     base, mixed = ([float(x) for x in column] for column in (scores.base, scores.mixed))
-    assert (total.tokens, total.num_bytes, total.searched) == (2200, 8800, 2200)
+    assert (total.tokens, total.num_bytes, total.searched, total.followed) == (2200, 8800, 1650, 550)
+    told = to_json(scores, total, USED, [])["total"]
+    assert (told["searched_share"], told["followed_share"]) == (0.75, 0.25)
+    assert "Searched for 75.0% of the tokens, pointers followed for 25.0%; more" in printed(scores, USED)
     for found, log_probs in ((total.base, base), (total.mixed, mixed)):
         nll = -math.fsum(log_probs)
         assert found.nll == pytest.approx(nll, rel=1e-12)
@@ -118,7 +172,9 @@ def test_few_blocks_or_a_token_of_probability_zero_give_no_interval() -> None:
     assert total_of(scores_of([128 * 8]), with_retrieval=True).interval is not None
     scores = scores_of([2000])
     impossible = np.full(3, -np.inf, np.float32)
-    scores.add(DocumentScores("zero", 3, 3, False, np.full(3, -1, np.float32), impossible, np.zeros(3, np.uint8), None))
+    scores.add(
+        DocumentScores("zero", 3, 3, 0, False, np.full(3, -1, np.float32), impossible, np.zeros(3, np.uint8), None)
+    )
     total = total_of(scores, with_retrieval=True)
     assert (total.mixed, total.change, total.interval) == ((None, None, None), None, None)
     json.dumps(to_json(scores, total, USED, []), allow_nan=False)
@@ -154,7 +210,7 @@ def test_many_documents_are_cut_to_the_best_and_the_worst() -> None:
 def test_ids_are_no_markup_and_long_ones_leave_room_for_numbers() -> None:
     scores = Scores()
     one = np.full(3, -1.5, np.float32)
-    scores.add(DocumentScores("[red]" + "x" * 300, 9, 3, False, one, one, None, None))
+    scores.add(DocumentScores("[red]" + "x" * 300, 9, 3, 0, False, one, one, None, None))
     line = next(line for line in printed(scores, USED, width=80).splitlines() if "[red]xxx" in line)
     assert "…" in line
     assert "4.48" in line  # e^1.5
@@ -232,7 +288,7 @@ def test_without_overlap_the_plot_has_two_parts(total: Total) -> None:
 def test_tokens_of_probability_zero_are_counted_not_drawn(scores: Scores) -> None:
     impossible = scores_of([500])
     two = np.array([-1, -2], np.float32)
-    impossible.add(DocumentScores("zero", 2, 2, False, two, two * np.inf, np.zeros(2, np.uint8), None))
+    impossible.add(DocumentScores("zero", 2, 2, 0, False, two, two * np.inf, np.zeros(2, np.uint8), None))
     figure = draw_gains(impossible, total_of(impossible, with_retrieval=True), USED)
     assert "2 tokens of probability zero are not drawn" in figure.get_suptitle()
 

@@ -26,9 +26,12 @@ COMPLETION: dict[str, Any] = {
                 {
                     "token_id": 523,
                     "token": " shall",
-                    "searched": True,
-                    "decision": "search",
-                    "gate_score": 0.5,
+                    "searched": False,
+                    "followed": True,
+                    "decision": "learned",
+                    "gate_score": 0.125,
+                    "gate_threshold": 0.25,
+                    "pointers": 3,
                     "lambda": 0.25,
                     "p_lm": 0.5,
                     "p_knn": 0.75,
@@ -90,7 +93,7 @@ COMPLETION: dict[str, Any] = {
         "completion_tokens": 1,
         "total_tokens": 2,
         "prompt_tokens_details": {"cached_tokens": 0},
-        "knn": {"searched": 1, "followed": 0, "skipped": 0, "drafted": 0, "accepted": 0},
+        "knn": {"searched": 0, "followed": 1, "skipped": 0, "drafted": 0, "accepted": 0},
     },
 }
 
@@ -187,6 +190,7 @@ SCORE: dict[str, Any] = {
             "tokens": 5,
             "bytes": 19,
             "searched": 3,
+            "followed": 2,
             **_LOSSES,
             "overlap": _OVERLAP,
             "per_token": [
@@ -197,8 +201,9 @@ SCORE: dict[str, Any] = {
                     "base": -4.0,
                     "mixed": -3.5,
                     "lambda": 0.25,
-                    "decision": "search",
-                    "searched": True,
+                    "decision": "learned",
+                    "searched": False,
+                    "followed": True,
                     "longest_match": 3,
                     "attribution": TRACE["attribution"],
                 }
@@ -206,7 +211,7 @@ SCORE: dict[str, Any] = {
             "attribution": ATTRIBUTION,
         }
     ],
-    "total": {"tokens": 5, "bytes": 19, "searched": 3, **_LOSSES, "overlap": _OVERLAP},
+    "total": {"tokens": 5, "bytes": 19, "searched": 3, "followed": 2, **_LOSSES, "overlap": _OVERLAP},
 }
 SCORE_EVENTS: list[dict[str, Any]] = [
     {"object": "score.progress", "texts": 2, "texts_done": 0, "tokens": 9, "tokens_done": 4},
@@ -279,7 +284,7 @@ DATASTORE: dict[str, Any] = {
     "follows_current": True,
     "previous": "v2",
     "self_test": {"queries": 8, "recall_at_32": 0.98, "needed": 0.95},
-    "calibration": {"knn_temperature": 12.0, "lambda": 0.25},
+    "calibration": {"temperature": 12.0, "lambda": 0.25, "gate": "learned", "gate_threshold": 0.25},
     "model_fingerprint": "4f1c",
 }
 MODELS: dict[str, Any] = {

@@ -30,6 +30,7 @@ from contract_bodies import (
 )
 
 from knnlm_client import (
+    AfterContext,
     AssistantMessage,
     ChatCompletion,
     ChatCompletionChunk,
@@ -94,8 +95,8 @@ ALL_COMPLETION_OPTIONS: StreamCompletionOptions = {
         k=16,
         temperature=10.0,
         lmbda=0.25,
-        gate="always",
-        gate_threshold=0.5,
+        gate="automaton",
+        gate_threshold=2.0,
         speculate=False,
         trace=True,
         attribution=True,
@@ -111,8 +112,8 @@ ALL_ON_THE_WIRE = ALL_COMPLETION_OPTIONS | {
         "k": 16,
         "temperature": 10.0,
         "lambda": 0.25,
-        "gate": "always",
-        "gate_threshold": 0.5,
+        "gate": "automaton",
+        "gate_threshold": 2.0,
         "speculate": False,
         "trace": True,
         "attribution": True,
@@ -193,6 +194,18 @@ OPERATIONS: dict[str, tuple[Callable[[Any], Any], str, str, Any, Any]] = {
         "POST",
         "/v1/score",
         {"input": [{"document_id": "act-7"}], "model": "smollm2@law"},
+        ScoreResponse.model_validate(SCORE),
+    ),
+    "score of a text after a context": (
+        lambda c: c.score(
+            [AfterContext(context="The buyer", text=" shall"), {"context": [504], "text": [523]}], model="smollm2@law"
+        ),
+        "POST",
+        "/v1/score",
+        {
+            "input": [{"context": "The buyer", "text": " shall"}, {"context": [504], "text": [523]}],
+            "model": "smollm2@law",
+        },
         ScoreResponse.model_validate(SCORE),
     ),
     "score of one text": (

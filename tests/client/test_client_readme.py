@@ -28,6 +28,8 @@ def test_the_example_runs(title: str, double: ContractDouble, capsys: pytest.Cap
         "Stream": "Käufer muß",
         "Chat": "Der Käufer muß",
         "Score": "5 54.5 → 36.5\n2–3 tokens in the datastore too: 4, 54.5\n32–… tokens in the datastore too: 1, 7.5\n",
+        "Search less, and see when": "' shall': followed 3, learned 0.125 against 0.25\n0 searched, 1 followed\n",
+        "Score what was generated": "5 3 2 [-3.5]\n",
         "Score much, with progress": "4 of 9 tokens\n1 act-7 1.25\n7 of 9 tokens\n0 act-7 1.25\nall: 36.5\n",
         "See what the datastore retrieves": "Act 7: The buyer[ shall] pay the price.\n' shall': p_knn=0.750 p_lm=0.500",
         "Mix several datastores, and see where an answer comes from": "' shall': ['law 0.75', 'news 0.25']\n"

@@ -19,12 +19,13 @@ CONTEXT = {
     "conversation that the template refuses": r"the chat template refuses `messages`",
     "context length": r"must be at most \d+ tokens together|of \d+ tokens|at most \d+ tokens per context",
     "vocabulary": r"token ids?\b.*(\d+ … \d+|from 0 to \d+), got|holds token id \d+; ids must be in",
-    "no token": r"`prompt` must hold at least 1 token, got 0",
+    "no token": r"`(prompt|input\.\d+\.context)` must hold at least 1 token, got 0",
     "sequences at once": r"`(n|best_of)` must be at most \d+, the number of sequences"
     r"|must hold 1 … \d+ (prompts|texts)",
     "names no datastore": r"needs? a datastore, and this request names none",
     "names two datastores": r"`model` names datastore .* they must agree",
     "gate that has no effect": r"`knn.gate` must be always here",
+    "gate that there is not, or not with these": r"`knn.gate` learned (needs a gate|holds for the calibrated)",
     "rule for λ that there is not, or not with these": r"`knn.lambda_mode` must be (one that|fixed where)"
     r"|`knn.lambda_mode` \w+ holds for the calibrated",
     "threshold of another gate": r"`knn.gate_threshold` (needs `knn.gate`|must (not )?be given|of \w+ must be)",

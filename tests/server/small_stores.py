@@ -13,7 +13,14 @@ from live_server import LiveServer
 from knnlm_builder.pipeline import build_with
 from knnlm_builder.progress import SilentReporter
 from knnlm_builder.settings import BuildSettings
+from knnlm_core.datastore.calibration import calibration_id, read_calibration, write_calibration
+from knnlm_core.datastore.gate_file import describe
+from knnlm_core.datastore.layout import read_current
+from knnlm_core.datastore.publish import set_current
+from knnlm_core.datastore.reader import Datastore
+from knnlm_core.knn.gates import GATE_FEATURES
 from knnlm_core.lm.loading import LoadOptions, load_lm
+from knnlm_core.trees import Trees
 
 WHO = ("The tenant", "A buyer", "Der Käufer", "The court", "An owner", "The café’s landlord")
 DOES = ("may refuse", "shall return", "must keep", "schuldet", "has lost", "can sell")
@@ -67,6 +74,29 @@ def publish(model: Path, folder: Path) -> Published:
     versions = [build("law", "old", 1), build("law", "new", 2), build("news", "news", 3)]
     lm.close()
     return Published(model, folder / "datastores", *versions)
+
+
+def recalibrate(root: Path, name: str, *, trees: Trees | None = None, **changes: object) -> None:
+    """Give the current version of a name a calibration that differs from the one it has.
+
+    Args:
+        trees: of a learned gate.
+        changes: fields of the calibration.
+    """
+    current = read_current(root, name)
+    assert current.calibration is not None
+    old = read_calibration(root, name, current.calibration)
+    protocol = {**old.protocol, "by": "the test"}
+    with Datastore.open(root, name) as datastore:
+        fingerprint = datastore.manifest.lm.model_fingerprint
+    described = describe(trees, GATE_FEATURES, fingerprint) if trees is not None else None
+    new = old.model_copy(
+        update={
+            "id": calibration_id(current.version, protocol), "protocol": protocol, "gate_trees": described, **changes
+        }
+    )  # fmt: skip
+    write_calibration(root, name, new, trees)
+    set_current(root, name, current.version, new.id)
 
 
 # Starts a server with settings of its own; ``wait=False`` returns before it is ready.

@@ -71,7 +71,14 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], int, str, str | None, str]] = [
     ({"knn": {**KNN, "k": 0}}, 400, "invalid_knn_params", "knn.k", "1 … 4096, got 0"),
     ({"knn": {**KNN, "k": 10**6}}, 400, "invalid_knn_params", "knn.k", "1 … 4096, got 1000000"),
     ({"knn": {**KNN, "gate": "sometimes"}}, 400, "invalid_knn_params", "knn.gate", "always, .*, got 'sometimes'"),
-    ({"knn": {**KNN, "gate": "learned"}}, 400, "unsupported_feature", "knn.gate", "'learned' is not offered"),
+    ({"knn": {**KNN, "gate": "learned"}}, 400, "invalid_knn_params", "knn.gate", "'law', and there is none"),
+    (
+        {"knn": {**KNN, "gate": "automaton", "gate_threshold": 0}},
+        400,
+        "invalid_knn_params",
+        "knn.gate_threshold",
+        "1 … 64",
+    ),
     ({"knn": {**KNN, "gate_threshold": 0.5}}, 400, "invalid_knn_params", "knn.gate_threshold", "threshold"),
     ({"knn": {**KNN, "speculate": True}}, 400, "unsupported_feature", "knn.speculate", "not offered"),
     ({"knn": {"datastore": []}}, 400, "invalid_parameter", "knn.datastore", "1 … 8 datastores, got 0"),
@@ -526,8 +533,8 @@ def test_a_datastore_is_described(live_server: LiveServer, published: Published)
     assert law == listed["data"][0]
     calibration = law.pop("calibration")
     assert calibration.keys() == {
-        "id", "k", "temperature", "lambda", "lambda_mode", "lambda_modes", "gate", "helps", "report",
-        "held_out_documents",
+        "id", "k", "temperature", "lambda", "lambda_mode", "lambda_modes", "gate", "gate_threshold", "helps",
+        "report", "held_out_documents",
     }  # fmt: skip
     assert law.keys() == {
         "object", "name", "version", "generation", "revision", "state", "entries", "bytes", "unit", "documents",

@@ -92,7 +92,15 @@ def test_requests_with_gates_of_their_own_do_not_disturb_each_other(live_server:
         ({"gate": "every_n", "gate_threshold": 1.5}, "knn.gate_threshold", "must be a whole number, got 1.5"),
         ({"gate": "never", "gate_threshold": 1}, "knn.gate_threshold", "must not be given where `knn.gate` is never"),
         ({"gate_threshold": 0.5}, "knn.gate_threshold", "needs `knn.gate`"),
-        ({"gate": "learned", "gate_threshold": 0.5}, "knn.gate", "is not offered by this build"),
+        ({"gate": "automaton", "gate_threshold": 0}, "knn.gate_threshold", "a whole number in 1 … 64, got 0"),
+        ({"gate": "automaton", "gate_threshold": 65}, "knn.gate_threshold", "a whole number in 1 … 64, got 65"),
+        ({"gate": "automaton", "gate_threshold": 1.5}, "knn.gate_threshold", "a whole number in 1 … 64, got 1.5"),
+        ({"gate": "learned", "gate_threshold": 0.5}, "knn.gate", "calibration of datastore 'law', and there is none"),
+        (
+            {"gate": "sometimes"},
+            "knn.gate",
+            "must be one of always, never, every_n, confidence, automaton, learned, got 'sometimes'",
+        ),
     ],
 )
 @pytest.mark.parametrize("route", ["/v1/completions", "/v1/score"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from live_server import LiveServer
 from pydantic import ValidationError
-from small_stores import Start
+from small_stores import Start, recalibrate
 
 from knnlm_core.datastore.calibration import (
     BucketedLambda,
@@ -18,12 +18,7 @@ from knnlm_core.datastore.calibration import (
     Layer,
     LearnedLambda,
     RrcLambda,
-    calibration_id,
-    read_calibration,
-    write_calibration,
 )
-from knnlm_core.datastore.layout import read_current
-from knnlm_core.datastore.publish import set_current
 from knnlm_core.knn.lambdas import LAMBDA_FEATURES
 from knnlm_core.lm.huggingface import HuggingFaceLM
 
@@ -57,16 +52,7 @@ def server(own_root: Path, start_server: Start) -> LiveServer:
 
 
 def _calibrate(root: Path, name: str, mode: str, rules: LambdaRules = RULES) -> None:
-    current = read_current(root, name)
-    assert current.calibration is not None
-    old = read_calibration(root, name, current.calibration)
-    protocol = {**old.protocol, "by": "the test"}
-    new = old.model_copy(
-        update={"id": calibration_id(current.version, protocol), "protocol": protocol, "lambda_mode": mode,
-                "lambda_rules": rules, "k": 4, "knn_temperature": 15.0}
-    )  # fmt: skip
-    write_calibration(root, name, new)
-    set_current(root, name, current.version, new.id)
+    recalibrate(root, name, lambda_mode=mode, lambda_rules=rules, k=4, knn_temperature=15.0)
 
 
 def traced(server: LiveServer, **knn: Any) -> list[dict[str, Any]]:

@@ -404,7 +404,9 @@ def test_leases_come_back_when_a_search_fails(
         raise DatastoreCorrupt("values.arrow holds token 999999")
 
     monkeypatch.setattr(generation, "search", damaged)
-    body = {**PATHS["/v1/completions"], "knn": {**TWO, "weights": weights}, "stream": stream}
+    # A context of its own: what was searched for before need not be searched again.
+    prompt = [7, 100 + 2 * stream + (weights == "prompt"), 9, 11]
+    body = {**PATHS["/v1/completions"], "prompt": prompt, "knn": {**TWO, "weights": weights}, "stream": stream}
     response = live_server.post("/v1/completions", body)
     assert "datastore_corrupt" in response.text
     # By the prompt it fails before the answer begins.

@@ -103,6 +103,27 @@ def test_each_token_is_scored_exactly_once(cut: tuple[list[int], int, int], budg
     assert all(count.tolist() == [0] + [1] * (len(count) - 1) for count in times)
 
 
+@given(cuts(), st.integers(1, 200), st.data())
+def test_what_is_behind_a_context_is_scored_exactly_once(
+    cut: tuple[list[int], int, int], budget: int, data: st.DataObject
+) -> None:
+    lengths, window, stride = cut
+    firsts = [data.draw(st.integers(1, length - 1)) for length in lengths]
+    texts = [[1] * length for length in lengths]
+    request = ScoreRequest("test", texts, None, window, stride, lambda *_: None, lambda error: None, firsts=firsts)
+    whole, _ = score_request(texts, window, stride)
+    ends = {(text, w.end): w for text, w in whole.take(10**6)}
+    times = [np.zeros(length, int) for length in lengths]
+    while taken := request.take(budget):
+        for text, w in taken:
+            # With the context that its tokens would have if everything were scored.
+            assert w.begin == ends[text, w.end].begin
+            assert ends[text, w.end].first_target <= w.first_target
+            times[text][w.first_target : w.end] += 1
+    for count, first in zip(times, firsts, strict=True):
+        assert count.tolist() == [0] * first + [1] * (len(count) - first)
+
+
 @settings(max_examples=20)
 @given(cuts(), st.sampled_from([1, 64, 4096]), st.integers(0, 1000))
 def test_scores_do_not_depend_on_how_windows_are_batched(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,8 @@ import numpy as np
 import pytest
 from exact_reference import ExactReference, Knn
 from live_server import LiveServer
-from small_stores import Published, Start
+from small_stores import Published, Start, recalibrate
+from small_trees import THRESHOLD, small_trees
 from typer.testing import CliRunner
 
 from knnlm_builder.corpus import read_documents
@@ -24,6 +26,7 @@ from knnlm_cli.score_connection import Connection
 from knnlm_cli.score_http import http_scorer
 from knnlm_cli.score_offline import offline_scorer
 from knnlm_cli.score_settings import read_settings
+from knnlm_core.datastore.calibration import BucketedLambda, LambdaRules
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.errors import DatastoreNotFound, ServiceError
 from knnlm_core.lm.huggingface import HuggingFaceLM
@@ -198,7 +201,7 @@ def test_what_was_used_is_said_with_who_chose_it(
         "temperature": {"value": calibration.knn_temperature, "source": by_calibration},
         "lambda": {"value": calibration.lmbda, "source": by_calibration},
         "lambda_mode": {"value": "fixed", "source": "default"},
-        "gate": {"value": "always", "source": by_calibration},
+        "gate": {"value": "always", "source": "default"},  # of a calibration for another k
     }
     assert (old["window"]["value"], old["stride"]["value"], old["window"]["source"]) == (256, 128, "default")
     assert old["total"]["overlap"] is None
@@ -246,11 +249,95 @@ def test_http_equals_offline(offline: dict[str, Any], http: dict[str, Any], file
             assert have == want | {which: pytest.approx(want[which], abs=1e-3) for which in ("base", "mixed")}
 
 
+@pytest.fixture
+def gated_root(own_root: Path) -> Path:
+    """`law` with a learned gate as its default, and rules for λ."""
+    searched, followed = (BucketedLambda(edges=(50.0,), lambdas=lambdas) for lambdas in ((0.9, 0.3), (0.7, 0.2)))
+    recalibrate(
+        own_root, "law", trees=small_trees(), k=5, knn_temperature=15.0, lmbda=0.4, gate="learned",
+        gate_threshold=THRESHOLD, learned_threshold=THRESHOLD, lambda_mode="bucketed",
+        lambda_rules=LambdaRules(bucketed=searched), follow_rule=followed,
+    )  # fmt: skip
+    return own_root
+
+
+@pytest.mark.parametrize(
+    ("options", "gate", "source"),
+    [
+        ((), {"gate": "learned", "gate_threshold": THRESHOLD}, "calibration"),
+        (("--lambda", "0.3"), {"gate": "learned", "gate_threshold": THRESHOLD}, "calibration"),
+        (
+            ("--gate", "learned", "--gate-threshold", "0.05"),
+            {"gate": "learned", "gate_threshold": 0.05},
+            "command line",
+        ),
+        (("--gate", "learned"), {"gate": "learned"}, "command line"),
+        (("--gate", "automaton"), {"gate": "automaton"}, "command line"),
+        (
+            ("--gate", "automaton", "--gate-threshold", "2"),
+            {"gate": "automaton", "gate_threshold": 2.0},
+            "command line",
+        ),
+        (("--k", "6"), {"gate": "always"}, "default"),
+        (("--temperature", "14"), {"gate": "always"}, "default"),
+        (("--k", "6", "--gate", "automaton"), {"gate": "automaton"}, "command line"),
+    ],
+)
+def test_gates_that_follow_do_the_same_here_and_over_http(
+    files: Files,
+    published: Published,
+    gated_root: Path,
+    start_server: Start,
+    tmp_path: Path,
+    options: tuple[str, ...],
+    gate: dict[str, Any],
+    source: str,
+) -> None:
+    server = start_server(datastores=gated_root, load=("law",))
+    places = [
+        ("--model", published.model, "--datastore", gated_root / "law"),
+        ("--url", server.url, "--datastore", "law"),
+    ]
+    paths = [tmp_path / "here.jsonl", tmp_path / "there.jsonl"]
+    here, there = (
+        scored(files.texts, *place, *options, "--no-exclude-self", "--per-token", path)
+        for place, path in zip(places, paths, strict=True)
+    )
+    assert here["knn"] == there["knn"]
+    used = {name: here["knn"][name] for name in ("gate", "gate_threshold") if name in here["knn"]}
+    assert {name: setting["value"] for name, setting in used.items()} == gate
+    assert {setting["source"].split()[0] for setting in used.values()} == {source.split()[0]}
+    assert_same_scores(here, there)
+    tokens, need = (tokens_by_document(path) for path in paths)
+    for document, entries in need.items():
+        for told, entry in zip(tokens[document], entries, strict=True):
+            for name in ("id", "searched", "followed", "decision", "lambda"):
+                assert entry[name] == told[name]
+        assert {entry["decision"] for entry in entries} == {gate["gate"]}
+    lambdas = {round(entry["lambda"], 6) for entries in tokens.values() for entry in entries if entry["lambda"]}
+    if "--lambda" in options:
+        assert lambdas == {0.3}
+    elif here["knn"]["lambda_mode"]["value"] == "fixed":
+        assert lambdas == {0.4}
+    else:
+        assert lambdas == {0.9, 0.3, 0.7, 0.2}
+    total, follows = here["total"], gate["gate"] != "always"
+    assert total["followed"] == sum(entry["followed"] for entries in tokens.values() for entry in entries)
+    assert (total["followed"] > 0) is follows is (total["searched"] < total["tokens"])
+
+
+def test_the_report_tells_people_how_much_was_followed(files: Files, published: Published, gated_root: Path) -> None:
+    outcome = knnlm("score", files.texts, "--model", published.model, "--datastore", gated_root / "law")
+    assert outcome.exit_code == 0, outcome.stderr
+    assert re.search(r"Searched for \d+\.\d% of the tokens, pointers followed for \d+\.\d%;", outcome.stdout)
+    assert "gate learned, gate_threshold 0.25" in outcome.stdout
+
+
 def assert_same_scores(have: dict[str, Any], need: dict[str, Any]) -> None:
     """Up to rounding: batches of other shapes are summed in another order."""
     for a, b in zip([*have["documents"], have["total"]], [*need["documents"], need["total"]], strict=True):
         assert a.keys() == b.keys()
-        for name in ("tokens", "bytes", "searched", "document_id", "excluded_itself"):
+        for name in ("tokens", "bytes", "searched", "followed", "document_id", "excluded_itself"):
             assert a.get(name) == b.get(name)
         for which in ("base", "mixed"):
             assert a[which] == nearly(b[which])
@@ -465,9 +552,14 @@ def test_an_excluded_document_must_be_there(files: Files, published: Published, 
         (
             "--gate",
             "sometimes",
-            "must be one of always, never, every_n, confidence, got 'sometimes' (invalid_knn_params)",
+            "must be one of always, never, every_n, confidence, automaton, learned, got 'sometimes' (",
         ),
         ("--gate-threshold", "0.5", "`knn.gate_threshold` needs `knn.gate`, and"),
+        (
+            "--gate",
+            "learned",
+            "`knn.gate` learned needs a gate in the calibration of datastore 'law', and there is none",
+        ),
         ("--lambda-mode", "best", "must be one of fixed, bucketed, rrc, learned, got 'best' (invalid_knn_params)"),
         ("--window", "257", "`window` must be at most the model's context of 256 tokens, got 257"),
         ("--stride", "0", "`stride` must be at least 1 and less than `window` (256), got 0"),

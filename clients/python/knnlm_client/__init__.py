@@ -48,6 +48,7 @@ from knnlm_client.errors import (
     UnsupportedModel,
 )
 from knnlm_client.requests import (
+    AfterContext,
     ChatMessage,
     ChatOptions,
     ChatRequest,
@@ -141,6 +142,7 @@ from knnlm_client.responses import (
 __all__ = [
     "APIError",
     "AccessError",
+    "AfterContext",
     "AnswerAttribution",
     "AssistantMessage",
     "AsyncClient",

@@ -9,16 +9,19 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from knnlm_core.datastore import layout
+from knnlm_core.datastore.gate_file import GateTrees, read_trees, write_trees
 from knnlm_core.datastore.manifest import Digest16, Positive, read_json, validate, version_of
 from knnlm_core.datastore.sealed import check_seal, sealed_text
 from knnlm_core.durable import sync_folder, write_text
 from knnlm_core.errors import BuildConflict, DatastoreCorrupt
+from knnlm_core.trees import Trees
 
 MAX_CALIBRATION_BYTES = 4 * 1024 * 1024
 MAX_BUCKETS = 1024
 MAX_LAYER_WIDTH = 64
 
 LambdaModeName = Literal["fixed", "bucketed", "rrc", "learned"]
+GateModeName = Literal["always", "never", "every_n", "confidence", "automaton", "learned"]
 
 
 Lambda = Annotated[float, Field(ge=0, le=1)]
@@ -93,6 +96,9 @@ class LearnedLambda(_Part):
         return self
 
 
+FollowRule = BucketedLambda | RrcLambda | LearnedLambda
+
+
 class LambdaRules(_Part):
     """What was fitted besides a single λ; None where there was too little text to fit it on."""
 
@@ -110,6 +116,10 @@ class Calibration(BaseModel):
         lmbda: λ, the weight of p_knn; ``lambda`` in JSON.
         lambda_mode: how λ is set: always the same, or by a rule that looks at each token's neighbours.
         lambda_rules: the rules that were fitted, for this k and τ.
+        follow_rule: sets λ where pointers are followed instead of searching.
+        gate, gate_threshold: when to search; a threshold for gates that have one.
+        gate_trees: of the gate `learned`, also where another one is the default; they lie beside the calibration.
+        learned_threshold: of the gate `learned` where a request gives none.
         protocol: what was measured on, and how.
         report: what came out: tokens, documents, base and mixed figures, gain and its interval.
         helps: whether the mixture beat the base LM.
@@ -126,7 +136,11 @@ class Calibration(BaseModel):
     lmbda: Annotated[float, Field(alias="lambda", ge=0, le=1)]
     lambda_mode: LambdaModeName = "fixed"
     lambda_rules: LambdaRules = LambdaRules()
-    gate: Literal["always"] = "always"
+    follow_rule: FollowRule | None = None
+    gate: GateModeName = "always"
+    gate_threshold: Annotated[float, Field(ge=0)] | None = None
+    gate_trees: GateTrees | None = None
+    learned_threshold: Annotated[float, Field(ge=0)] | None = None
     protocol: dict[str, JsonValue]
     report: dict[str, JsonValue]
     helps: Annotated[bool, Field(strict=True)]
@@ -135,6 +149,10 @@ class Calibration(BaseModel):
     def _check(self) -> Self:
         if self.lambda_mode != "fixed" and getattr(self.lambda_rules, self.lambda_mode) is None:
             raise ValueError(f"`lambda_mode` is {self.lambda_mode}, and there is no such rule in `lambda_rules`")
+        if self.gate == "learned" and self.gate_trees is None:
+            raise ValueError("`gate` is learned, and there are no `gate_trees`")
+        if (self.gate_trees is None) != (self.learned_threshold is None):
+            raise ValueError("`gate_trees` and `learned_threshold` come together")
         return self
 
     def settings(self) -> dict[str, JsonValue]:
@@ -146,6 +164,7 @@ class Calibration(BaseModel):
             "lambda": self.lmbda,
             "lambda_mode": self.lambda_mode,
             "gate": self.gate,
+            "gate_threshold": self.gate_threshold,
             "helps": self.helps,
         }
 
@@ -185,9 +204,17 @@ def calibrations_of(root: Path, name: str, version: str) -> list[str]:
     return [calibration for _, calibration in sorted(found)]
 
 
-def write_calibration(root: Path, name: str, calibration: Calibration) -> Path:
+def read_gate_trees(root: Path, name: str, calibration: Calibration) -> Trees | None:
+    """The trees of a calibration's learned gate, if it has any. Raises DatastoreCorrupt: see `read_trees`."""
+    if calibration.gate_trees is None:
+        return None
+    return read_trees(layout.calibration_folder(root, name, calibration.id), calibration.gate_trees)
+
+
+def write_calibration(root: Path, name: str, calibration: Calibration, trees: Trees | None = None) -> Path:
     """Write a calibration into its folder and return the folder; other files may be put beside it.
 
+    Args:   trees: those that its ``gate_trees`` describe.
     Raises: BuildConflict: the id is taken by a calibration with other content.
     """
     folder = layout.calibration_folder(root, name, calibration.id)
@@ -197,6 +224,8 @@ def write_calibration(root: Path, name: str, calibration: Calibration) -> Path:
             raise BuildConflict(f"{path} exists with other content; a calibration is never modified")
         return folder
     folder.mkdir(parents=True, exist_ok=True)
+    if trees is not None:  # before what makes the folder a calibration
+        write_trees(folder, trees)
     write_text(path, sealed_text(calibration.model_dump(mode="json", by_alias=True)))
     for parent in (folder.parent, folder.parent.parent):
         sync_folder(parent)

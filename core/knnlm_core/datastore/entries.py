@@ -20,7 +20,7 @@ from knnlm_core.datastore.documents import Document, DocumentTable, EntryLocatio
 from knnlm_core.datastore.exact import ExactPart, search_exact
 from knnlm_core.datastore.exclusion import Bitmap, allowed_bitmap, check_ranges
 from knnlm_core.datastore.manifest import Manifest
-from knnlm_core.datastore.merge import Found, merge_found
+from knnlm_core.datastore.merge import Found, merge_found, sort_found
 from knnlm_core.datastore.shard import Queries, Shard
 from knnlm_core.errors import (
     DatastoreCorrupt,
@@ -28,6 +28,7 @@ from knnlm_core.errors import (
     InvalidKnnParams,
     InvalidParameter,
 )
+from knnlm_core.trees import Trees
 from knnlm_core.types import EntryRange, LMIdentity, Neighbors
 
 Ids = npt.NDArray[np.int64]
@@ -58,6 +59,7 @@ class Entries(ABC):
 
     manifest: Manifest
     calibration: Calibration | None
+    gate_trees: Trees | None = None  # of the calibration
 
     @property
     def name(self) -> str:
@@ -135,6 +137,27 @@ class Entries(ABC):
             for part, bitmap in zip(self._parts(), allowed, strict=True)
         ]
         return self._neighbors(search_exact(parts, self._check_search(queries, k, exclude), k))
+
+    def lookup(self, queries: Tensor, entry_ids: Tensor, *, exclude: Sequence[EntryRange] = ()) -> Neighbors:
+        """Chosen entries as a search would return them, at their distances to each query, without any search.
+
+        Args:
+            queries: (B, D), as for `search`.
+            entry_ids: (B, K) int64, each entry at most once in a row; −1 for none.
+            exclude: entries that must not be found.
+        Returns: (B, K) by (distance, id); what is hidden or excluded is missing.
+        Raises: InvalidParameter: no such entry, or as `search`.
+        """
+        ids = self._check_ids(entry_ids, missing_allowed=True).copy()
+        rows = self._check_search(queries, 1, exclude)
+        ids[~self._is_visible(ids.ravel()).reshape(ids.shape)] = -1
+        for first, stop in exclude:
+            ids[(ids >= first) & (ids < stop)] = -1
+        row, column = np.nonzero(ids >= 0)
+        distances = np.full(ids.shape, np.inf, dtype=np.float32)
+        keys = self.keys(torch.from_numpy(ids[row, column])).numpy()
+        distances[row, column] = np.square(keys - rows[row]).sum(axis=1)
+        return self._neighbors(sort_found(Found(distances, ids)))
 
     def keys(self, entry_ids: Tensor) -> Tensor:
         """The stored keys of some entries: (…) int64 → (…, D) float32. Raises InvalidParameter: no such entry."""
@@ -218,6 +241,13 @@ class Entries(ABC):
     def is_visible(self, first: int, stop: int) -> npt.NDArray[np.bool_]:
         """(stop − first,): which of the entries ``first … stop − 1`` are not hidden."""
         return self._is_visible(np.arange(first, stop))
+
+    def are_visible(self, entry_ids: Tensor) -> Tensor:
+        """Which of some entries are not hidden, (…) bool; true for −1. Raises InvalidParameter: no such entry."""
+        ids = self._check_ids(entry_ids, missing_allowed=True)
+        if all(part.shard.hidden is None for part in self._parts()):  # as most are
+            return torch.ones(ids.shape, dtype=torch.bool)
+        return torch.from_numpy(self._is_visible(ids.ravel()).reshape(ids.shape))
 
     def _section_of(self, document_id: str) -> Section:
         section = self._find(document_id)

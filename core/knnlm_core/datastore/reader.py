@@ -10,23 +10,27 @@ import numpy as np
 import numpy.typing as npt
 
 from knnlm_core.datastore import layout
-from knnlm_core.datastore.calibration import Calibration, find_calibration, read_calibration
+from knnlm_core.datastore.calibration import Calibration, find_calibration, read_calibration, read_gate_trees
 from knnlm_core.datastore.checksums import Progress, check_sizes, verify_files, verify_once
 from knnlm_core.datastore.documents import Document, DocumentTable, read_documents
 from knnlm_core.datastore.entries import Entries, Part, Section
 from knnlm_core.datastore.manifest import Manifest
 from knnlm_core.datastore.shard import Shard
 from knnlm_core.errors import DatastoreCorrupt, DatastoreMismatch, DatastoreNotFound
+from knnlm_core.trees import Trees
 
 
 class Datastore(Entries):
     """A version of a datastore; its files never change, so any number of threads may use it until `close`."""
 
-    def __init__(self, folder: Path, manifest: Manifest, calibration: Calibration | None) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, calibration: Calibration | None, gate_trees: Trees | None = None
+    ) -> None:
         """Map a folder whose sizes have been checked; `open` and `open_folder` are the ways in."""
         self.folder = folder
         self.manifest = manifest
         self.calibration = calibration
+        self.gate_trees = gate_trees
         self._mapped = tuple(
             Part(section.first_entry, Shard.open(folder / section.name, manifest, section))
             for section in manifest.shards
@@ -145,6 +149,7 @@ class PublishedVersion(NamedTuple):
     folder: Path
     manifest: Manifest
     calibration: Calibration | None
+    gate_trees: Trees | None = None
 
 
 def find_version(
@@ -179,7 +184,14 @@ def find_version(
     for field, have, need in (("name", manifest.name, name), ("version", manifest.version, version)):
         if have != need:
             raise DatastoreCorrupt(f"{folder / layout.MANIFEST}: {field} is {have!r}, its folder needs {need!r}")
-    return PublishedVersion(folder, manifest, settings)
+    if settings is not None and settings.gate_trees is not None:
+        need = manifest.lm.model_fingerprint
+        if (have := settings.gate_trees.model_fingerprint) != need:
+            raise DatastoreMismatch(
+                name, field="gate_trees.model_fingerprint", have=have, need=need, needed_by="the version to be opened"
+            )
+    trees = None if settings is None else read_gate_trees(root, name, settings)
+    return PublishedVersion(folder, manifest, settings, trees)
 
 
 def _manifest(folder: Path) -> Manifest:

@@ -41,6 +41,7 @@ class Snapshot(Entries):
     ) -> None:
         self.manifest = datastore.manifest
         self.calibration = datastore.calibration
+        self.gate_trees = datastore.gate_trees
         self.revision = revision
         self.counts = counts
         self.datastore = datastore

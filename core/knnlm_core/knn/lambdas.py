@@ -136,7 +136,7 @@ class Learned:
         return torch.sigmoid(x[:, 0]).clamp(max=MAX_RULE_LAMBDA)
 
 
-LAMBDA_FEATURES = (
+NEIGHBOR_FEATURES = (
     "log of the nearest distance",
     "log of the mean distance of the nearest eight",
     "log of the farthest distance",
@@ -146,16 +146,29 @@ LAMBDA_FEATURES = (
     "whether that token is the LM's guess",
     "log p_knn of the LM's guess",
     "how many different tokens the nearest eight hold",
-    "log-probability of the LM's guess",
-    "entropy of p_lm",
-    "margin of the LM's guess",
 )
+LM_FEATURES = ("log-probability of the LM's guess", "entropy of p_lm", "margin of the LM's guess")
+LAMBDA_FEATURES = (*NEIGHBOR_FEATURES, *LM_FEATURES)
 _NEAR = 8
 _FLOOR = 1e-9  # probabilities below it are all the same to the network
 
 
 def lambda_features(neighbors: Neighbors, log_weights: Tensor, signals: LMSignals) -> Tensor:
     """What `Learned` looks at, (B, F) float64, in the order of LAMBDA_FEATURES; zeros in rows without neighbours.
+
+    Arguments as for `LambdaRule`.
+    """
+    features = torch.cat([neighbor_features(neighbors, log_weights, signals), lm_features(signals)], dim=1)
+    return features.masked_fill(neighbors.entry_ids[:, :1] < 0, 0.0)
+
+
+def lm_features(signals: LMSignals) -> Tensor:
+    """(B, 3) float64, in the order of LM_FEATURES."""
+    return torch.stack([signals.max_log_prob, signals.entropy, signals.margin], dim=1).double()
+
+
+def neighbor_features(neighbors: Neighbors, log_weights: Tensor, signals: LMSignals) -> Tensor:
+    """(B, 9) float64, in the order of NEIGHBOR_FEATURES; zeros in rows without neighbours.
 
     Arguments as for `LambdaRule`.
     """
@@ -176,9 +189,6 @@ def lambda_features(neighbors: Neighbors, log_weights: Tensor, signals: LMSignal
             (first == guess)[:, 0].float(),
             (weights * (neighbors.values == guess)).sum(dim=1).clamp(min=_FLOOR).log(),
             _distinct(neighbors.values[:, :_NEAR].masked_fill(~near, -1)),
-            signals.max_log_prob,
-            signals.entropy,
-            signals.margin,
         ],
         dim=1,
     ).double()

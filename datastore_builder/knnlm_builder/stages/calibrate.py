@@ -11,6 +11,8 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from knnlm_builder.progress import Reporter
+from knnlm_builder.stages.compare_gates import DEFAULT_SAVED, settle_gates
+from knnlm_builder.stages.compare_gates import VALIDATION_SHARE as GATE_VALIDATION_SHARE
 from knnlm_builder.stages.curve import Curve, lmbda_curves
 from knnlm_builder.stages.fit import (
     LMBDAS,
@@ -22,6 +24,7 @@ from knnlm_builder.stages.fit import (
     bootstrap_gain,
     choose,
 )
+from knnlm_builder.stages.fit_gate import DEPTH, LEARNING_RATE, LEAVES, SHARES, TREES
 from knnlm_builder.stages.fit_lambda import (
     EPOCHS,
     HIDDEN,
@@ -34,8 +37,16 @@ from knnlm_builder.stages.fit_lambda import (
 )
 from knnlm_builder.stages.held_out import BLOCK_TOKENS, Queries, search_all
 from knnlm_builder.stages.plan import Plan, PlannedDocument
+from knnlm_builder.stages.practice import MAX_SHARE, Practice
+from knnlm_builder.stages.practice import MAX_TOKENS as PRACTICE_TOKENS
+from knnlm_builder.stages.walked import Held
 from knnlm_core.datastore.calibration import Calibration, LambdaModeName, calibration_id
+from knnlm_core.datastore.gate_file import describe
 from knnlm_core.datastore.reader import Datastore
+from knnlm_core.knn.gates import GATE_FEATURES
+from knnlm_core.knn.lambdas import LambdaMode
+from knnlm_core.retrieval import Source, lambda_rule
+from knnlm_core.trees import Trees
 
 MAX_K = 1024
 MIN_SCORED_TOKENS = 2  # one to fit on, one to report on
@@ -63,26 +74,41 @@ class Report(NamedTuple):
 
 
 class Calibrated(NamedTuple):
-    """A calibration and what there is to draw of it."""
+    """A calibration and what goes beside it."""
 
     calibration: Calibration
     curves: Sequence[Curve]
+    trees: Trees | None
 
 
 def calibrate(
-    datastore: Datastore, plan: Plan, queries: Queries, *, seed: int, nprobe: int, reporter: Reporter
+    datastore: Datastore,
+    plan: Plan,
+    queries: Queries,
+    *,
+    seed: int,
+    nprobe: int,
+    reporter: Reporter,
+    practice: Practice | None = None,
+    budget_ms: float | None = None,
 ) -> Calibrated:
-    """Choose k and τ for one version, and λ or a rule for it.
+    """Choose k and τ for one version, λ or a rule for it, and a gate.
 
     Every second held-out document (by hash) is for fitting, the others are for the report; a single document is cut in
     the middle. The settings published are those fitted, so the report is of text that they have never seen.
+
+    Args:
+        practice: more text to fit rules and the gate on.
+        budget_ms: milliseconds of retrieval per token that the gate must keep to; None searches always.
+    Raises: InvalidParameter: no gate keeps to the budget.
     """
     k = min(MAX_K, datastore.entries)
     evidence = search_all(queries, lambda keys: datastore.search(keys, k, nprobe=nprobe or None), reporter)
     for_fit = _fit_rows(queries, plan.held_out)
     to_fit, for_report = (evidence.take(rows.nonzero()[:, 0]) for rows in (for_fit, ~for_fit))
     chosen, fits = choose(to_fit)
-    fitted_rules = fit_rules(to_fit, chosen, seed=seed)
+    rules_evidence = to_fit if practice is None else to_fit.joined(practice.evidence)
+    fitted_rules = fit_rules(rules_evidence, chosen, seed=seed)
     fitted = set(queries.documents[for_fit].tolist())
     nearest = for_report.nearest(chosen.k)
     lambdas: dict[LambdaModeName, Tensor] = {
@@ -93,7 +119,19 @@ def calibrate(
         },
     }
     reports = {name: measure(nearest, chosen.knn_temperature, lmbda, seed) for name, lmbda in lambdas.items()}
+    rule = lambda_rule(fitted_rules.rules, LambdaMode(fitted_rules.mode), "")
+    source = Source(datastore, chosen.k, chosen.knn_temperature, chosen.lmbda, lambda_rule=rule)
+    fit_held, report_held = (
+        Held.of(part.nearest(chosen.k), queries.keys[rows], queries.documents[rows])
+        for part, rows in ((to_fit, for_fit), (for_report, ~for_fit))
+    )
+    if practice is not None:
+        more = practice.evidence.nearest(chosen.k), practice.queries.keys, practice.queries.documents
+        fit_held = Held.of(*more).joined(fit_held)  # thresholds are chosen on what was held out
+    gates = settle_gates(fit_held, report_held, source, seed=seed, budget_ms=budget_ms, reporter=reporter)
     report = reports[fitted_rules.mode]
+    if gates.mode != "always":
+        report = report_of(nearest, gates.log_probs, seed)
     protocol: dict[str, JsonValue] = {
         "held_out_unit": plan.held_out_unit,
         "held_out_documents": [document.id for document in plan.held_out],
@@ -115,6 +153,17 @@ def calibrate(
             "validation_share": VALIDATION_SHARE,
             "plainer_within": PREFERENCE,
         },
+        "gate_trees": {
+            "trees": TREES,
+            "leaves": LEAVES,
+            "depth": DEPTH,
+            "learning_rate": LEARNING_RATE,
+            "searches_in_walks": list(SHARES),
+            "validation_share": GATE_VALIDATION_SHARE,
+            "saves_by_default": DEFAULT_SAVED,
+        },
+        "practice": {"max_tokens": PRACTICE_TOKENS, "max_share": MAX_SHARE} if practice is not None else None,
+        "latency_budget_ms": budget_ms,
         "bootstrap_block_tokens": BLOCK_TOKENS,
         "seed": seed,
     }
@@ -126,10 +175,16 @@ def calibrate(
         lmbda=chosen.lmbda,
         lambda_mode=fitted_rules.mode,
         lambda_rules=fitted_rules.rules,
+        follow_rule=gates.follow_rule,
+        gate=gates.mode,
+        gate_threshold=gates.threshold,
+        gate_trees=gates.trees and describe(gates.trees, GATE_FEATURES, datastore.manifest.lm.model_fingerprint),
+        learned_threshold=gates.learned_threshold,
         protocol=protocol,
         report={
             "tokens": report.tokens,
             "fit_tokens": int(for_fit.sum()),
+            "practice_tokens": len(practice.queries.keys) if practice is not None else 0,
             # Documents that no setting was fitted on, not even in part.
             "held_out_documents": [d.id for i, d in enumerate(plan.held_out) if i not in fitted],
             "base": {"nll_per_token": report.base_nll, "perplexity": report.base_perplexity},
@@ -148,10 +203,25 @@ def calibrate(
             },
             "fits": [{"k": f.k, "knn_temperature": f.knn_temperature, "lambda": f.lmbda, "nll": f.nll} for f in fits],
             "nprobe": nprobe,
+            "gates": [
+                {
+                    "gate": of_gate.gate,
+                    "threshold": of_gate.threshold,
+                    "perplexity": of_gate.perplexity,
+                    "searched": of_gate.searched,
+                    "followed": of_gate.followed,
+                    "change": -of_gate.loss.gain,
+                    "change_interval_95": [-of_gate.loss.high, -of_gate.loss.low]
+                    if report.blocks >= MIN_INTERVAL_BLOCKS
+                    else None,
+                }
+                for of_gate in gates.reports
+            ],
+            "cost_ms": gates.cost and {"search": gates.cost.search, "decision": gates.cost.decision},
         },
         helps=report.mixed_nll < report.base_nll,
     )
-    return Calibrated(calibration, lmbda_curves(for_report, fits))
+    return Calibrated(calibration, lmbda_curves(for_report, fits), gates.trees)
 
 
 def _interval(report: Report) -> list[JsonValue] | None:
@@ -163,7 +233,11 @@ def measure(evidence: Evidence, knn_temperature: float, lmbda: Tensor, seed: int
 
     Args:   lmbda: (N,) float64, λ of each.
     """
-    mixed = Known.of(evidence, knn_temperature).log_probs(lmbda)
+    return report_of(evidence, Known.of(evidence, knn_temperature).log_probs(lmbda), seed)
+
+
+def report_of(evidence: Evidence, mixed: Tensor, seed: int) -> Report:
+    """`measure` for log-probabilities (N,) that are known."""
     return Report(
         len(mixed),
         -float(evidence.base.double().mean()),

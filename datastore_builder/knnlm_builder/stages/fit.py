@@ -13,7 +13,7 @@ from torch import Tensor
 
 from knnlm_core.knn.distribution import has_neighbors, target_log_probs
 from knnlm_core.knn.interpolation import interpolate_targets
-from knnlm_core.signals import LMSignals
+from knnlm_core.signals import LMSignals, join_signals
 from knnlm_core.types import Neighbors
 
 K_CHOICES = (8, 32, 128, 1024)
@@ -39,6 +39,13 @@ class Evidence(NamedTuple):
         """Some of the tokens."""
         neighbors = Neighbors(*(part[rows] for part in self.neighbors))
         return Evidence(self.base[rows], neighbors, self.targets[rows], self.blocks[rows], self.signals.take(rows))
+
+    def joined(self, other: Evidence) -> Evidence:
+        """These tokens and then the others, of other blocks."""
+        neighbors = Neighbors(*(torch.cat(pair) for pair in zip(self.neighbors, other.neighbors, strict=True)))
+        blocks = torch.cat([self.blocks, other.blocks + self.blocks.max() + 1])
+        base, targets = (torch.cat(pair) for pair in ((self.base, other.base), (self.targets, other.targets)))
+        return Evidence(base, neighbors, targets, blocks, join_signals([self.signals, other.signals]))
 
     def nearest(self, k: int) -> Evidence:
         """The same tokens with fewer neighbours."""

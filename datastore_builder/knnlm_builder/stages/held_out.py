@@ -42,7 +42,13 @@ class Queries(NamedTuple):
 
 
 def encode_held_out(
-    lm: CausalLM, plan: Plan, documents: Sequence[PlannedDocument], *, batch_tokens: int, reporter: Reporter
+    lm: CausalLM,
+    plan: Plan,
+    documents: Sequence[PlannedDocument],
+    *,
+    batch_tokens: int,
+    reporter: Reporter,
+    title: str = "Encode held-out text",
 ) -> Queries:
     """Run held-out documents through the LM, each token once, with left context as at build and in scoring."""
     windows = [(d, w) for d in documents for w in plan.windows(d)]
@@ -51,7 +57,7 @@ def encode_held_out(
     first_block = [0, *accumulate(sizes)]
     columns: list[tuple[Tensor, ...]] = []
     signals: list[LMSignals] = []
-    with reporter.stage("Encode held-out text", sum(w.num_targets for _, w in windows), "tokens") as advance:
+    with reporter.stage(title, sum(w.num_targets for _, w in windows), "tokens") as advance:
         for part in encode_windows(lm, plan, windows, batch_tokens, advance):
             targets = torch.from_numpy(part.values.astype("int64"))
             count, document = len(targets), order[id(part.document)]

@@ -6,7 +6,7 @@ later stage can start from it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from knnlm_builder.corpus import (
 )
 from knnlm_builder.progress import Reporter
 from knnlm_builder.settings import BuildSettings
+from knnlm_core.datastore.documents import Document
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.errors import EmptyCorpus
 from knnlm_core.lm.tokenizer import Tokenizer
@@ -207,17 +208,26 @@ def plan_held_out(datastore: Datastore, tokenizer: Tokenizer, folder: Path, dead
 
     Without those deleted or learned since, and without those whose text the version has taken in since.
     """
-    held_out = []
-    with _Spool(folder) as spool:
-        for document in datastore.held_out_documents():
-            if not {document.id, document.id.removesuffix(TAIL_SUFFIX)} & set(dead):
-                place = SourceLocation(datastore.folder)
-                held_out.append(spool.add(SourceDocument(document.id, document.text, place), tokenizer))
+    alive = (
+        document
+        for document in datastore.held_out_documents()
+        if not {document.id, document.id.removesuffix(TAIL_SUFFIX)} & set(dead)
+    )
+    plan = plan_documents(alive, datastore, tokenizer, folder)
     if datastore.manifest.revision:
-        held_out = _not_contained(held_out, folder, datastore)
+        plan = replace(plan, held_out=_not_contained(plan.held_out, folder, datastore))
+    tails = any(document.id.endswith(TAIL_SUFFIX) for document in plan.held_out)
+    return replace(plan, held_out_unit="tails" if tails else "documents")
+
+
+def plan_documents(documents: Iterable[Document], datastore: Datastore, tokenizer: Tokenizer, folder: Path) -> Plan:
+    """A plan of some documents as if they had been held out, cut as the datastore's were."""
+    with _Spool(folder) as spool:
+        place = SourceLocation(datastore.folder)
+        held_out = [spool.add(SourceDocument(d.id, d.text, place), tokenizer) for d in documents]
     context = datastore.manifest.context
-    unit = "tails" if any(document.id.endswith(TAIL_SUFFIX) for document in held_out) else "documents"
-    return Plan(folder, WindowSizes(context.window, context.stride), [], held_out, unit, 0, 0, CorpusStats())
+    windows = WindowSizes(context.window, context.stride)
+    return Plan(folder, windows, [], held_out, "documents", 0, 0, CorpusStats())
 
 
 def _not_contained(held_out: Sequence[PlannedDocument], folder: Path, datastore: Datastore) -> list[PlannedDocument]:

@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0
 from prometheus_client.registry import Collector
 
+from knnlm_core.query_cache import QueryCacheUse
 from knnlm_server.api.state import Backend, service
 from knnlm_server.registry.table import DatastoreStatus
 
@@ -39,7 +40,7 @@ async def metrics(request: Request) -> Response:
 
 
 class _State(Collector):
-    """Gauges of what is under way, and the prefix cache's counters."""
+    """Gauges of what is under way, and the counters of the caches."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -56,6 +57,7 @@ class _State(Collector):
         yield GaugeMetricFamily("knnlm_sequences", "Sequences that the KV cache holds at most.", lm.num_sequences)
         yield GaugeMetricFamily("knnlm_kv_cache_bytes", "Bytes reserved for the KV cache.", lm.kv_cache_bytes)
         yield from self._prefix_cache()
+        yield from self._query_cache()
         yield from self._datastores()
 
     def _prefix_cache(self) -> Iterator[Metric]:
@@ -68,6 +70,16 @@ class _State(Collector):
         )
         yield GaugeMetricFamily("knnlm_prefix_cache_used_bytes", "Bytes of blocks that are filled.", use.used_bytes)
         yield GaugeMetricFamily("knnlm_prefix_cache_bytes", "Bytes reserved for blocks.", use.reserved_bytes)
+
+    def _query_cache(self) -> Iterator[Metric]:
+        cache = self._backend.query_cache
+        use = cache.use if cache is not None else QueryCacheUse(0, 0, 0, 0)
+        yield CounterMetricFamily(
+            "knnlm_query_cache_hits", "Searches answered by an earlier one of the same context.", use.hits
+        )
+        yield CounterMetricFamily("knnlm_query_cache_misses", "Searches looked up there in vain.", use.misses)
+        yield GaugeMetricFamily("knnlm_query_cache_used_bytes", "Bytes of search results kept.", use.used_bytes)
+        yield GaugeMetricFamily("knnlm_query_cache_bytes", "Bound on search results kept.", use.max_bytes)
 
     def _datastores(self) -> Iterator[Metric]:
         statuses = self._backend.registry.statuses()

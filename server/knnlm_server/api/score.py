@@ -37,7 +37,8 @@ PROGRESS_S = 0.2
 async def score(body: ScoreBody, request: Request) -> Response:
     """Score each token of each text once, by rolling windows, with the base LM and with the mixture.
 
-    A document of the datastore that is given by its id does not find itself; given as a text, it must be excluded.
+    A document of the datastore that is given by its id does not find itself; given as a text, it must be excluded. What
+    goes on from a context is scored as a completion of that context would have been reported.
     """
     state = service(request)
     body.log_unknown()

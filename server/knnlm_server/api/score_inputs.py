@@ -1,4 +1,4 @@
-"""From a score's body to tokens: texts, token ids, and documents of the datastore."""
+"""From a score's body to tokens: texts, token ids, documents of the datastore, and what goes on from a context."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from knnlm_core.errors import DocumentNotFound, InvalidParameter
 from knnlm_core.lm.tokenizer import Encoding, Tokenizer
 from knnlm_core.types import EntryRange
 from knnlm_server.api.schemas.common import TokenIds
-from knnlm_server.api.schemas.score import MAX_SCORE_TOKENS, MAX_TEXTS, DocumentInput, ScoreBody
+from knnlm_server.api.schemas.score import (
+    MAX_SCORE_TOKENS,
+    MAX_TEXTS,
+    AfterContext,
+    DocumentInput,
+    ScoreBody,
+    TextAfterContext,
+    TokensAfterContext,
+)
 
 if TYPE_CHECKING:  # the command line reads texts without a server
     from knnlm_server.api.state import Backend
@@ -25,21 +33,28 @@ class TextToScore:
     """A text as tokens.
 
     Attributes:
-        starts: (T,) character at which each token begins; None where token ids were given or nobody asks.
+        starts: (S,) character at which each scored token begins; None where token ids were given or nobody asks.
         num_bytes: UTF-8 bytes of the scored tokens.
-        own: entries that the text made itself.
+        first: position of the first token to score, what is before it being context; the very first token has none.
+        document_id, own: of a document of the datastore, and the entries that it made itself.
     """
 
     token_ids: NDArray[np.int32]  # (T,)
     starts: NDArray[np.int32] | None
     num_bytes: int
+    first: int = 1
     document_id: str | None = None
     own: EntryRange | None = None
 
     @property
     def num_scored(self) -> int:
-        """Tokens to score: the first one has no context."""
-        return max(0, len(self.token_ids) - 1)
+        """S = T − first, how many tokens there are to score."""
+        return max(0, len(self.token_ids) - self.first)
+
+    @property
+    def scored_ids(self) -> NDArray[np.int32]:
+        """(S,) token ids."""
+        return self.token_ids[self.first :]
 
 
 def check_inputs(body: ScoreBody, datastores: Sequence[Entries]) -> None:
@@ -65,7 +80,7 @@ def read_texts(
     """Tokenise what the body holds; takes seconds for many long texts. A document given twice is read once.
 
     Args:     checkpoint: called before each text; what it raises ends the reading.
-    Raises:   InvalidParameter: a token id beyond the vocabulary, or too many tokens in all.
+    Raises:   InvalidParameter: a token id beyond the vocabulary, a context without a token, or too many tokens in all.
               DocumentNotFound: no such document.
     """
     inputs = body.inputs()
@@ -74,18 +89,17 @@ def read_texts(
     documents: dict[str, TextToScore] = {}
     texts: list[TextToScore] = []
     tokens = 0
-    for given in inputs:
+    for index, given in enumerate(inputs):
         checkpoint()
         if not isinstance(given, DocumentInput):
-            text = _read(backend, given, with_starts=body.per_token)
+            text = _read(backend, given, f"input.{index}", with_starts=body.per_token)
         elif given.document_id in documents:
             text = documents[given.document_id]
         else:
             assert datastore is not None
             source = datastore.document(given.document_id)
-            text = replace(
-                _read(backend, source.text, with_starts=body.per_token), document_id=source.id, own=own[source.id]
-            )
+            text = _read_text(backend.tokenizer, source.text, with_starts=body.per_token)
+            text = replace(text, document_id=source.id, own=own[source.id])
             documents[source.id] = text
         texts.append(text)
         tokens += len(text.token_ids)
@@ -106,16 +120,36 @@ def _own_entries(document_id: str, datastore: Entries | None) -> EntryRange:
         raise DocumentNotFound(f"`input`: {error.message}", param="input") from None
 
 
-def _read(backend: Backend, given: str | TokenIds, *, with_starts: bool) -> TextToScore:
-    tokenizer = backend.tokenizer
-    if isinstance(given, list):
-        tokenizer.check_ids(given, backend.lm.identity.vocab_size, param="input")
-        token_ids = np.array(given, np.int32)
-        return TextToScore(token_ids, None, _bytes_of_tokens(tokenizer, token_ids[1:]))
-    encoding = tokenizer.encode_with_spans(given)
+def _read(backend: Backend, given: str | TokenIds | AfterContext, param: str, *, with_starts: bool) -> TextToScore:
+    tokenizer, vocab_size = backend.tokenizer, backend.lm.identity.vocab_size
+    match given:
+        case str():
+            return _read_text(tokenizer, given, with_starts=with_starts)
+        case list():
+            tokenizer.check_ids(given, vocab_size, param="input")
+            token_ids = np.array(given, np.int32)
+            return TextToScore(token_ids, None, _bytes_of_tokens(tokenizer, token_ids[1:]))
+        case TextAfterContext():
+            encoding, begin = tokenizer.encode_with_spans(given.text), len(tokenizer.bos_token_ids)
+            # A BOS belongs before the context alone.
+            context, scored = tokenizer.encode(given.context), encoding.token_ids[begin:]
+            starts = encoding.char_spans[begin:, 0].copy() if with_starts else None
+            num_bytes = len(given.text.encode())
+        case TokensAfterContext():
+            for name, ids in (("context", given.context), ("text", given.text)):
+                tokenizer.check_ids(ids, vocab_size, param=f"{param}.{name}")
+            context, scored, starts = given.context, np.array(given.text, np.int32), None
+            num_bytes = _bytes_of_tokens(tokenizer, scored)
+    if not given.context or not context:  # some texts make no token
+        raise InvalidParameter(f"`{param}.context` must hold at least 1 token, got 0", param=f"{param}.context")
+    return TextToScore(np.concatenate([np.array(context, np.int32), scored]), starts, num_bytes, first=len(context))
+
+
+def _read_text(tokenizer: Tokenizer, text: str, *, with_starts: bool) -> TextToScore:
+    encoding = tokenizer.encode_with_spans(text)
     # A copy: a view would keep the ends alive too.
-    starts = encoding.char_spans[:, 0].copy() if with_starts else None
-    return TextToScore(encoding.token_ids, starts, bytes_of_text(tokenizer, given, encoding))
+    starts = encoding.char_spans[1:, 0].copy() if with_starts else None
+    return TextToScore(encoding.token_ids, starts, bytes_of_text(tokenizer, text, encoding))
 
 
 def bytes_of_text(tokenizer: Tokenizer, text: str, encoding: Encoding) -> int:

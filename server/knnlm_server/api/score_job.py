@@ -86,6 +86,7 @@ class ScoreJob:
             on_end=self._call.end,
             own=[plan.texts[index].own for index in self._scored],
             attribute=plan.attribution,
+            firsts=[plan.texts[index].first for index in self._scored],
         )
         self._ready: deque[tuple[int, TokenScores]] = deque()
         self._matches: list[NDArray[np.uint8]] | None = None
@@ -148,7 +149,8 @@ class ScoreJob:
             if self._ready and (self._matches is not None or not self.plan.overlap):
                 index, scores = self._ready.popleft()
                 self._num_done += 1
-                yield ScoredText(index, scores, None if self._matches is None else self._matches[index][1:])
+                first = self.plan.texts[index].first
+                yield ScoredText(index, scores, None if self._matches is None else self._matches[index][first:])
                 continue
             self._changed.clear()
             try:

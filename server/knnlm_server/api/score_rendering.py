@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from knnlm_core.lm.tokenizer import Tokenizer
 from knnlm_core.retrieval import Retrieval
 from knnlm_core.scores import buckets, loss, no_overlap, overlap_sums, total_nll
+from knnlm_core.walks import FOLLOWED, SEARCHED
 from knnlm_server.api.attribution_rendering import AnswerAttribution
 from knnlm_server.api.trace_rendering import json_log_prob
 from knnlm_server.engine.scoring import TokenScores
@@ -32,6 +33,7 @@ class _Sums:
     tokens: int = 0
     num_bytes: int = 0
     searched: int = 0
+    followed: int = 0
     base: float = 0.0  # nats
     mixed: float = 0.0
     overlap: NDArray[np.float64] = field(default_factory=no_overlap)
@@ -43,13 +45,14 @@ class _Sums:
             tokens=len(scores.base),
             num_bytes=text.num_bytes,
             searched=int(scores.searched.sum()),
+            followed=int(scores.followed.sum()),
             base=total_nll(scores.base),
             mixed=total_nll(scores.mixed),
             overlap=no_overlap() if matches is None else overlap_sums(matches, scores.base, scores.mixed),
         )
 
     def add(self, other: _Sums) -> None:
-        for name in ("tokens", "num_bytes", "searched", "base", "mixed", "overlap"):
+        for name in ("tokens", "num_bytes", "searched", "followed", "base", "mixed", "overlap"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
@@ -122,7 +125,9 @@ class ScoreRenderer:
 
     def _measures(self, sums: _Sums) -> dict[str, Any]:
         """Counts, and for base and mixed: nll in nats (summed), perplexity per token, bits per byte."""
-        measures: dict[str, Any] = {"tokens": sums.tokens, "bytes": sums.num_bytes, "searched": sums.searched}
+        measures: dict[str, Any] = {
+            "tokens": sums.tokens, "bytes": sums.num_bytes, "searched": sums.searched, "followed": sums.followed
+        }  # fmt: skip
         for name, nll in (("base", sums.base), ("mixed", sums.mixed)):
             measures[name] = loss(nll, sums.tokens, sums.num_bytes)._asdict()
         if self._overlap:
@@ -144,8 +149,8 @@ class TokenRenderer:
         self, text: TextToScore, scores: TokenScores, longest_match: NDArray[np.uint8] | None, rows: slice = slice(None)
     ) -> Iterator[dict[str, Any]]:
         """What `per_token` lists of the scored tokens ``rows`` of a text."""
-        ids, base, mixed, lmbda, searched = (column[rows].tolist() for column in (text.token_ids[1:], *scores.columns))
-        starts = text.starts[1:][rows].tolist() if text.starts is not None else None
+        ids, base, mixed, lmbda, outcomes = (column[rows].tolist() for column in (text.scored_ids, *scores.columns))
+        starts = text.starts[rows].tolist() if text.starts is not None else None
         matches = longest_match[rows].tolist() if longest_match is not None else None
         for i, token_id in enumerate(ids):
             entry = {
@@ -156,7 +161,8 @@ class TokenRenderer:
                 "mixed": json_log_prob(mixed[i]),
                 "lambda": lmbda[i],
                 "decision": self._decision,
-                "searched": searched[i],
+                "searched": outcomes[i] == SEARCHED,
+                "followed": outcomes[i] == FOLLOWED,
             }
             if matches is not None:
                 entry["longest_match"] = matches[i]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from knnlm_core.datastore.entries import Entries
 from knnlm_core.datastore.exclusion import merge_ranges
+from knnlm_core.datastore.snapshot import Snapshot
 from knnlm_core.errors import DocumentNotFound, InvalidParameter, ModelNotFound
-from knnlm_core.knn.gates import ALWAYS, parse_gate
-from knnlm_core.retrieval import MAX_SOURCES, Retrieval, Source, with_lambda_mode
+from knnlm_core.retrieval import MAX_SOURCES, Retrieval, Searchable, Source, with_gate, with_lambda_mode
 from knnlm_core.types import EntryRange
 from knnlm_server.api.schemas.common import MAX_EXCLUDED_DOCUMENTS, KnnBody, WeightedDatastore
 from knnlm_server.api.state import Backend, Service
@@ -57,7 +58,8 @@ def select(
     """Resolve ``model`` and ``knn`` to leased datastores and their parameters.
 
     Args:
-        has_prompt: whether there is one that can decide the weights of datastores.
+        has_prompt: whether there is one, which can decide the weights of datastores, and whose contexts need not be
+            searched again when they come again.
     Raises:
         ModelNotFound: the LM's name is not the one served.
         DatastoreNotFound: a datastore is not loaded.
@@ -84,7 +86,8 @@ def select(
             leases.append(backend.registry.lease(store.name, param="knn.datastore"))
         names = [lease.datastore.name for lease in leases]
         _refuse_twice(names, stores)
-        retrieval = _retrieval(backend, leases, stores, knn, excluded)
+        searchable = partial(backend.searchable, cached=has_prompt)
+        retrieval = _retrieval(searchable, leases, stores, knn, excluded)
     except BaseException:
         for lease in leases:
             lease.release()
@@ -167,7 +170,7 @@ def _refuse_retrieval_fields(knn: KnnBody, exclude_documents: Sequence[str]) -> 
 
 
 def _retrieval(
-    backend: Backend,
+    searchable: Callable[[Snapshot], Searchable],
     leases: Sequence[Lease],
     stores: Sequence[WeightedDatastore],
     knn: KnnBody,
@@ -175,12 +178,10 @@ def _retrieval(
 ) -> Retrieval:
     excluded = _excluded([lease.datastore for lease in leases], exclude_documents)
     sources = [
-        replace(_source(lease.datastore, knn, ranges), datastore=backend.searchable(lease.datastore))
+        replace(_source(lease.datastore, knn, ranges), datastore=searchable(lease.datastore))
         for lease, ranges in zip(leases, excluded, strict=True)
     ]
-    # The only gate that a calibration can ask for is always.
-    gate = ALWAYS if knn.gate is None else parse_gate(knn.gate, knn.gate_threshold)
-    retrieval = Retrieval(tuple(sources), knn.fusion).gated(gate)
+    retrieval = Retrieval(tuple(sources), knn.fusion)
     retrieval.check()
     return retrieval.with_weights([1.0 if store.weight is None else store.weight for store in stores])
 
@@ -204,7 +205,9 @@ def _source(datastore: Entries, knn: KnnBody, exclude: tuple[EntryRange, ...]) -
         lmbda=knn.lmbda if knn.lmbda is not None else calibration.lmbda,  # type: ignore[union-attr]
         exclude=exclude,
     )
-    return with_lambda_mode(source, calibration, knn.mode_of_lambda, datastore.name)
+    source = with_lambda_mode(source, calibration, knn.mode_of_lambda, datastore.name)
+    gate = None if knn.gate is None else (knn.gate, knn.gate_threshold)
+    return with_gate(source, calibration, datastore.gate_trees, gate, datastore.name)
 
 
 def _excluded(datastores: Sequence[Entries], document_ids: Sequence[str]) -> list[tuple[EntryRange, ...]]:

@@ -11,6 +11,7 @@ from knnlm_core.datastore.snapshot import Snapshot
 from knnlm_core.errors import NotReady, ShuttingDown
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.tokenizer import Tokenizer
+from knnlm_core.query_cache import Cached, QueryCache
 from knnlm_core.retrieval import Searchable
 from knnlm_server.api.threads import Threads
 from knnlm_server.engine.engine import Engine
@@ -31,12 +32,17 @@ class Backend:
     model_name: str
     watcher: Watcher | None = None
     shadow: ShadowSearch | None = None
+    query_cache: QueryCache | None = None
     threads: Threads = field(default_factory=Threads)
     created: int = field(default_factory=lambda: int(time.time()))  # when it became ready, seconds since 1970
 
-    def searchable(self, datastore: Snapshot) -> Searchable:
-        """What a request searches: the datastore, through the shadow if there is one."""
-        return datastore if self.shadow is None else Shadowed(datastore, self.shadow)
+    def searchable(self, datastore: Snapshot, *, cached: bool) -> Searchable:
+        """What a request searches: the datastore, through the shadow and the cache of queries if there are any.
+
+        Args:   cached: whether contexts that come again need not be searched again.
+        """
+        searched = datastore if self.shadow is None else Shadowed(datastore, self.shadow)
+        return Cached(searched, datastore, self.query_cache) if cached and self.query_cache is not None else searched
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ from knnlm_core.lm.protocol import CausalLM
 from knnlm_server.engine.events import Failed, Finished, TokenEvent
 from knnlm_server.engine.request import Choice, CompletionRequest
 from knnlm_server.engine.scheduler import Batch, Scheduler
-from knnlm_server.engine.step import NextToken, Outcome, PromptRead, PromptScores, StepFailure, run_step
+from knnlm_server.engine.step import Decided, NextToken, Outcome, PromptRead, PromptScores, StepFailure, run_step
 from knnlm_server.engine.window_work import WindowWork
 from knnlm_server.telemetry.metrics import EngineMetrics
 
@@ -215,7 +215,7 @@ class Engine:
             logger.error("search failed request=%s %s", request.request_id, outcome.error.message)
             self._end(request, outcome.error)
         elif isinstance(outcome, PromptScores):
-            self._count_retrieval(request, searched=outcome.num_searched, of=len(outcome.event.log_probs))
+            self._count_retrieval(request, outcome.decided, of=len(outcome.event.log_probs))
             request.emit(outcome.event)
         elif isinstance(outcome, PromptRead):
             self._end(request)
@@ -227,7 +227,7 @@ class Engine:
         self._time_token(request, choice)
         offset = choice.num_chars
         text, finish_reason = choice.advance(token.token_id, request.params, self._eos)
-        self._count_retrieval(request, searched=int(token.searched), of=1)
+        self._count_retrieval(request, token.decided, of=1)
         request.emit(
             TokenEvent(
                 choice.index, token.token_id, text, offset, token.log_prob, token.top, token.trace, finish_reason
@@ -249,11 +249,13 @@ class Engine:
         choice.last_token_s = now
         self.metrics.generation_tokens.inc()
 
-    def _count_retrieval(self, request: CompletionRequest, *, searched: int, of: int) -> None:
+    def _count_retrieval(self, request: CompletionRequest, decided: Decided, of: int) -> None:
         if request.retrieval is not None:
-            request.counts.searched += searched
-            request.counts.skipped += of - searched
-            self.metrics.count_retrievals(searched, of - searched)
+            skipped = of - sum(decided)
+            request.counts.searched += decided.searched
+            request.counts.followed += decided.followed
+            request.counts.skipped += skipped
+            self.metrics.count_retrievals(*decided, skipped)
 
     @torch.inference_mode()
     def _score(self) -> None:
@@ -269,7 +271,7 @@ class Engine:
             logger.exception("pass failed kind=%s request=%s", request.kind, request.request_id)
             self._fail([request], error)
             return
-        self.metrics.count_retrievals(searches.searched, searches.skipped)
+        self.metrics.count_retrievals(*searches)
         if request.is_done:
             self._end(request)
 

@@ -37,8 +37,11 @@ class TokenTrace:
     """How one token's probability came about."""
 
     searched: bool
+    followed: bool  # pointers, instead of a search
     decision: str  # which gate decided, or `base` without a datastore
     gate_score: float | None  # what it held against its threshold
+    gate_threshold: float | None  # of the one datastore
+    num_pointers: int  # that could have been followed
     lmbda: float
     p_lm: float
     p_knn: float

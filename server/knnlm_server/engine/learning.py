@@ -50,14 +50,14 @@ class LearnRequest:
         """Encode the next windows; documents of one token have none."""
         taken = self._queue.take(token_budget)
         if not taken:
-            return Searches(0, 0)
+            return Searches(0, 0, 0)
         # The row at position t predicts token t + 1, so a window's last token is never an input.
         inputs = [torch.from_numpy(self.texts[text][cut.begin : cut.end - 1].astype(np.int64)) for text, cut in taken]
         rows = lm.encode(inputs, [cut.first_target - 1 - cut.begin for _, cut in taken])  # type: ignore[arg-type]
         keys = torch.split(rows.keys.float().cpu(), [cut.num_targets for _, cut in taken])
         for (text, _), part in zip(taken, keys, strict=True):
             self._keys[text].append(part.numpy())
-        return Searches(0, 0)
+        return Searches(0, 0, 0)
 
     def keys(self, text: int, dim: int) -> NDArray[np.float32]:
         """(T − 1, D): the keys of a document's entries, once all windows are encoded."""

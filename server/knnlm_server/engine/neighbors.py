@@ -82,7 +82,7 @@ class NeighborsRequest:
         for position, found in enumerate(find_neighbors(lm, taken, self.retrieval, self.limit), start=first):
             self.on_context(position, found)
         self._num_done += len(taken)
-        return Searches(len(taken), skipped=0)
+        return Searches(len(taken), followed=0, skipped=0)
 
     def _take(self, token_budget: int, most: int) -> Sequence[Sequence[int]]:
         left = self.contexts[self._num_done : self._num_done + most]

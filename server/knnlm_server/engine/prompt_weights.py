@@ -50,7 +50,7 @@ class PromptWeightsRequest:
         """Weigh by the next prompt. Raises KnnlmError: a datastore could not be searched."""
         prompt = self.prompts[len(self.weights)][-MAX_CONTEXT:]
         self.weights.append(prompt_weights(lm, prompt, self.retrieval))
-        return Searches(min(len(prompt) - 1, MAX_TARGETS), skipped=0)
+        return Searches(min(len(prompt) - 1, MAX_TARGETS), followed=0, skipped=0)
 
 
 def prompt_weights(lm: CausalLM, prompt: Sequence[int], retrieval: Retrieval) -> list[float]:

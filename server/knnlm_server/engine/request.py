@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from knnlm_core.lm.protocol import SequenceId
 from knnlm_core.retrieval import Retrieval
+from knnlm_core.walks import Walks
 from knnlm_server.engine.detokenizer import IncrementalDetokenizer
 from knnlm_server.engine.events import Event, FinishReason, RetrievalCounts
 from knnlm_server.engine.sampling_params import SamplingParams
@@ -17,12 +18,16 @@ from knnlm_server.engine.stopping import StopMatcher
 
 @dataclass(slots=True)
 class Choice:
-    """One completion of a request's prompt."""
+    """One completion of a request's prompt.
+
+    Attributes:   walks: where its retrieval stands, if a gate follows; they begin where the prompt ends.
+    """
 
     index: int
     detokenizer: IncrementalDetokenizer
     stops: StopMatcher
     sequence: SequenceId | None = None
+    walks: Walks = ()
     token_ids: list[int] = field(default_factory=list)
     last_token_s: float = 0.0  # monotonic clock
     num_chars: int = 0  # of the text that the tokens make, held back or not
@@ -66,6 +71,7 @@ class CompletionRequest:
         attribute: report with the trace which entries each token's probability came from.
         prompt_logprobs: alternatives to report with each prompt token; None does not score the prompt.
         num_cached: prompt tokens that the prefix cache spared.
+        prompt_walks: of a prompt that is scored; they begin where it begins and end with it.
     """
 
     request_id: str
@@ -82,6 +88,7 @@ class CompletionRequest:
     has_begun: bool = False
     num_prefilled: int = 0
     num_cached: int = 0
+    prompt_walks: Walks = ()
     counts: RetrievalCounts = field(default_factory=RetrievalCounts)
     submitted_s: float = field(default_factory=time.monotonic)
     kind: ClassVar[str] = "completion"  # as metrics call it

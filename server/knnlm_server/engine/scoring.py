@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -17,9 +18,11 @@ from knnlm_core.errors import KnnlmError
 from knnlm_core.knn.gates import Context, join_contexts
 from knnlm_core.lm.head import log_probs_of_targets, targets_and_signals
 from knnlm_core.lm.protocol import CausalLM
-from knnlm_core.mixture import mix_targets
+from knnlm_core.mixture import Found, find, mix_found_targets, start_walks
+from knnlm_core.replay import Run, replay
 from knnlm_core.retrieval import NEIGHBORS_AT_ONCE, Retrieval
 from knnlm_core.types import EntryRange
+from knnlm_core.walks import FOLLOWED, SEARCHED, SKIPPED, Walks
 from knnlm_server.engine.attribution import Attributions, attribute, join
 from knnlm_server.engine.window_queue import WindowOfText, WindowQueue
 from knnlm_server.engine.window_work import Searches
@@ -31,24 +34,36 @@ TokenIds = Sequence[int] | NDArray[np.int32]
 
 
 class TokenScores(NamedTuple):
-    """Log-probabilities (natural log) of the scored tokens of a text, position 1 onwards; T − 1 of each."""
+    """Log-probabilities (natural log) of the scored tokens of a text."""
 
     base: NDArray[np.float32]
     mixed: NDArray[np.float32]
     lmbda: NDArray[np.float64]
-    searched: NDArray[np.bool_]
+    outcomes: NDArray[np.int8]  # what was done for each: SKIPPED, SEARCHED or FOLLOWED
     attribution: Attributions | None = None  # where it was asked for
 
     @property
     def columns(self) -> tuple[NDArray[Any], ...]:
         """One row per token each."""
-        return self.base, self.mixed, self.lmbda, self.searched
+        return self.base, self.mixed, self.lmbda, self.outcomes
+
+    @property
+    def searched(self) -> NDArray[np.bool_]:
+        """Whether any datastore was searched, of each."""
+        searched: NDArray[np.bool_] = self.outcomes == SEARCHED
+        return searched
+
+    @property
+    def followed(self) -> NDArray[np.bool_]:
+        """Whether pointers were followed instead, of each."""
+        followed: NDArray[np.bool_] = self.outcomes == FOLLOWED
+        return followed
 
 
 def no_scores(count: int = 0) -> TokenScores:
     """Of ``count`` tokens that are still to be scored."""
     base, mixed = (np.zeros(count, np.float32) for _ in range(2))
-    return TokenScores(base, mixed, np.zeros(count), np.zeros(count, np.bool_))
+    return TokenScores(base, mixed, np.zeros(count), np.zeros(count, np.int8))
 
 
 @dataclass(slots=True)
@@ -56,7 +71,9 @@ class _TextInWork:
     token_ids: NDArray[np.int32]
     retrieval: Retrieval | None
     scores: TokenScores
+    first: int
     targets_left: int
+    walks: Walks
     attributions: list[Attributions] = field(default_factory=list)
 
     def put(self, into: slice, scores: TokenScores) -> None:
@@ -88,6 +105,8 @@ class ScoreRequest:
 
     Attributes:
         texts: token ids, at least two each; position 0 is context only.
+        firsts: per text, the position of the first token to score; 1 where it is not said. Gates that follow begin
+            there, as they do where a prompt ends.
         window, stride: in tokens, see `rolling_windows`.
         on_text: called on the engine's thread when a text is done, in the order of completion.
         on_end: called exactly once when the request leaves the engine: with None, or with why it failed.
@@ -106,6 +125,7 @@ class ScoreRequest:
     on_end: Callable[[KnnlmError | None], None]
     own: Sequence[EntryRange | None] | None = None
     attribute: bool = False
+    firsts: Sequence[int] | None = None
     submitted_s: float = field(default_factory=time.monotonic)
     kind: ClassVar[str] = "score"  # as metrics call it
     tokens_done: int = field(init=False, default=0)
@@ -114,7 +134,8 @@ class ScoreRequest:
     _in_work: dict[int, _TextInWork] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._queue = WindowQueue([len(token_ids) for token_ids in self.texts], self.window, self.stride)
+        lengths = [len(token_ids) for token_ids in self.texts]
+        self._queue = WindowQueue(lengths, self.window, self.stride, self.firsts)
 
     def _retrieval_of(self, index: int) -> Retrieval | None:
         own = self.own[index] if self.own is not None else None
@@ -135,15 +156,22 @@ class ScoreRequest:
         """
         self.encode(lm, self.take(token_budget))
         enough = self.retrieval is None or sum(len(part.targets) for part in self._encoded) >= ROWS_AT_ONCE
-        return self.mix() if enough or self._queue.is_empty else Searches(0, 0)
+        return self.mix() if enough or self._queue.is_empty else Searches(0, 0, 0)
 
     def take(self, token_budget: int) -> list[WindowOfText]:
         """The next windows, at least one, of together at most ``token_budget`` padded tokens if possible."""
         taken = self._queue.take(token_budget)
         for index in {index for index, _ in taken}.difference(self._in_work):
-            count = len(self.texts[index])
+            first = self.firsts[index] if self.firsts is not None else 1
+            count = len(self.texts[index]) - first
+            retrieval = self._retrieval_of(index)
             self._in_work[index] = _TextInWork(
-                np.asarray(self.texts[index], np.int32), self._retrieval_of(index), no_scores(count - 1), count - 1
+                np.asarray(self.texts[index], np.int32),
+                retrieval,
+                no_scores(count),
+                first,
+                count,
+                start_walks(retrieval),
             )
         return taken
 
@@ -172,43 +200,67 @@ class ScoreRequest:
         contexts = [part.context for part in self._encoded if part.context is not None]
         context = join_contexts(contexts) if contexts else None
         self._encoded.clear()
-        retrievals = [self._in_work[index].retrieval for index, w in taken for _ in range(w.num_targets)]
-        scores = _mix(keys, targets, base, retrievals, context, self.attribute)
+        owners = [self._in_work[index] for index, w in taken for _ in range(w.num_targets)]
+        scores = _mix(keys, targets, base, owners, context, self.attribute)
         start = 0
         for index, window in taken:
             work = self._in_work[index]
-            work.put(slice(window.first_target - 1, window.end - 1), _part(scores, start, start + window.num_targets))
+            into = slice(window.first_target - work.first, window.end - work.first)
+            work.put(into, _part(scores, start, start + window.num_targets))
             start += window.num_targets
             if not work.targets_left:
                 del self._in_work[index]
                 self.on_text(index, work.finished())
-        searched = int(scores.searched.sum())
-        return Searches(searched, skipped=start - searched if self.retrieval is not None else 0)
+        if self.retrieval is None:
+            return Searches(0, 0, 0)
+        return Searches(*(int((scores.outcomes == outcome).sum()) for outcome in (SEARCHED, FOLLOWED, SKIPPED)))
 
 
 def _mix(
     keys: Tensor,
     targets: Tensor,
     base: Tensor,
-    retrievals: Sequence[Retrieval | None],
+    owners: Sequence[_TextInWork],
     context: Context | None,
     attributed: bool,
 ) -> TokenScores:
-    """Scores of known tokens from their rows: (R, D) keys, (R,) targets and their log p_lm, R retrievals."""
+    """Scores of known tokens: (R, D) keys, (R,) targets and their log p_lm, and the text that each row is of.
+
+    The rows of a text are in the order of its tokens; its walks move on.
+    """
+    retrievals = [owner.retrieval for owner in owners]
     parts, attributions = [], []
     step = NEIGHBORS_AT_ONCE // max((retrieval.k for retrieval in retrievals if retrieval is not None), default=1)
     for start in range(0, len(targets), step):
         here = slice(start, start + step)
         known = context.take(here) if context is not None else None
-        log_probs, found = mix_targets(base[here], keys[here], targets[here], retrievals[here], known)
-        parts.append((log_probs, found.lmbda, found.searched))
+        found = _find(keys[here], targets[here], owners[here], known)
+        log_probs, _ = mix_found_targets(base[here], targets[here], found)
+        outcomes = torch.where(found.searched, SEARCHED, torch.where(found.followed, FOLLOWED, SKIPPED))
+        parts.append((log_probs, found.lmbda, outcomes.to(torch.int8)))
         if attributed:
             attributions.append(attribute(found, targets[here], base[here]))
-    mixed, lmbda, searched = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
-    return TokenScores(base.cpu().numpy(), mixed, lmbda, searched, join(attributions) if attributions else None)
+    mixed, lmbda, done = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+    return TokenScores(base.cpu().numpy(), mixed, lmbda, done, join(attributions) if attributions else None)
+
+
+def _find(keys: Tensor, targets: Tensor, owners: Sequence[_TextInWork], context: Context | None) -> Found:
+    retrievals = [owner.retrieval for owner in owners]
+    if not any(owner.walks for owner in owners):
+        return find(keys, retrievals, context)
+    texts, runs, start = [], [], 0
+    for _, rows in groupby(owners, key=id):
+        stop = start + sum(1 for _ in rows)
+        texts.append(owners[start])
+        runs.append(Run(range(start, stop), owners[start].walks))
+        start = stop
+    replayed = replay(keys, targets, retrievals, context, runs)
+    for text, walks in zip(texts, replayed.walks, strict=True):
+        text.walks = walks
+    return replayed.found
 
 
 def _part(scores: TokenScores, start: int, stop: int) -> TokenScores:
-    base, mixed, lmbda, searched = (column[start:stop] for column in scores.columns)
+    base, mixed, lmbda, outcomes = (column[start:stop] for column in scores.columns)
     attribution = scores.attribution.part(start, stop) if scores.attribution is not None else None
-    return TokenScores(base, mixed, lmbda, searched, attribution)
+    return TokenScores(base, mixed, lmbda, outcomes, attribution)

@@ -77,6 +77,14 @@ class Shadowed:
         self._shadow.offer(self._datastore, queries, found, exclude)
         return found
 
+    def lookup(self, queries: Tensor, entry_ids: Tensor, *, exclude: Sequence[EntryRange] = ()) -> Neighbors:
+        """As the datastore's."""
+        return self._datastore.lookup(queries, entry_ids, exclude=exclude)
+
+    def next_entry(self, entry_ids: Tensor) -> Tensor:
+        """As the datastore's."""
+        return self._datastore.next_entry(entry_ids)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Shadowed) and other._datastore is self._datastore
 

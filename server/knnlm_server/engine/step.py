@@ -11,13 +11,21 @@ from torch import Tensor
 from knnlm_core.errors import KnnlmError
 from knnlm_core.lm.head import LOGIT_ELEMENTS_PER_CHUNK
 from knnlm_core.lm.protocol import CausalLM, Rows, Span
-from knnlm_core.mixture import MixedRows, mix_rows
+from knnlm_core.mixture import Found, MixedRows, advance_walks, context_of, mix_found, mix_rows, start_walks
+from knnlm_core.replay import Run, replay
 from knnlm_core.retrieval import NEIGHBORS_AT_ONCE, Retrieval
 from knnlm_server.engine.events import PromptEvent, TokenTrace, TopTokens
 from knnlm_server.engine.request import Choice, CompletionRequest
 from knnlm_server.engine.sampler import SampleRow, sample, top_logprobs
 from knnlm_server.engine.scheduler import Batch, Chunk
 from knnlm_server.engine.tracing import trace_rows
+
+
+class Decided(NamedTuple):
+    """For how many tokens a datastore was searched or followed."""
+
+    searched: int
+    followed: int
 
 
 class StepFailure(NamedTuple):
@@ -32,7 +40,7 @@ class PromptScores(NamedTuple):
 
     request: CompletionRequest
     event: PromptEvent
-    num_searched: int
+    decided: Decided
 
 
 class PromptRead(NamedTuple):
@@ -49,7 +57,7 @@ class NextToken(NamedTuple):
     token_id: int
     log_prob: float  # of the mixture, before penalties and temperature
     top: TopTokens
-    searched: bool
+    decided: Decided
     trace: TokenTrace | None
 
 
@@ -123,6 +131,8 @@ def _plan_rows(lm: CausalLM, batch: Batch) -> _RowPlan:
     row = len(batch.decodes)
     for chunk in batch.chunks:
         request = chunk.request
+        if chunk.start == 0 and request.prompt_logprobs is not None:
+            request.prompt_walks = start_walks(request.retrieval)
         request.num_prefilled = chunk.stop
         rows = _num_rows(chunk)
         if request.prompt_logprobs is not None:
@@ -136,6 +146,8 @@ def _plan_rows(lm: CausalLM, batch: Batch) -> _RowPlan:
             assert first.sequence is not None
             for choice in request.choices[1:]:
                 choice.sequence = lm.copy(first.sequence)
+            for choice in request.choices:
+                choice.walks = start_walks(request.retrieval)
             plan.next.append(_NextRow(row + rows - 1, request, request.choices))
         row += rows
     return plan
@@ -152,8 +164,9 @@ def _score_prompt(lm: CausalLM, output: Rows, scored: _ScoredRows) -> Iterator[P
         targets = torch.tensor(request.prompt_ids[first : first + count], device=output.keys.device)
         rows = slice(scored.first_row + start, scored.first_row + start + count)
         lm_log_probs = torch.log_softmax(lm.logits(output.hidden[rows]), dim=1)
-        mixed = mix_rows(lm_log_probs, output.keys[rows], [request.retrieval] * count, positions)
-        for error in mixed.found.failures.values():
+        try:
+            mixed = _mix_prompt(request, lm_log_probs, output.keys[rows], targets, positions)
+        except KnnlmError as error:
             yield StepFailure(request, error)
             return
         chosen, top_ids, top_values = top_logprobs(mixed.log_probs, targets, request.prompt_logprobs or 0)
@@ -161,7 +174,28 @@ def _score_prompt(lm: CausalLM, output: Rows, scored: _ScoredRows) -> Iterator[P
             list(zip(ids, values, strict=True))
             for ids, values in zip(top_ids.tolist(), top_values.tolist(), strict=True)
         ]
-        yield PromptScores(request, PromptEvent(chosen.tolist(), tops), int(mixed.found.searched.sum()))
+        found = mixed.found
+        decided = Decided(int(found.searched.sum()), int(found.followed.sum()))
+        yield PromptScores(request, PromptEvent(chosen.tolist(), tops), decided)
+
+
+def _mix_prompt(
+    request: CompletionRequest, lm_log_probs: Tensor, keys: Tensor, targets: Tensor, positions: Tensor
+) -> MixedRows:
+    """Mix rows of a prompt, each one token after the one before.
+
+    Raises: KnnlmError: a datastore could not be searched.
+    """
+    retrievals = [request.retrieval] * len(targets)
+    if not request.prompt_walks:
+        mixed = mix_rows(lm_log_probs, keys, retrievals, positions)
+        for error in mixed.found.failures.values():
+            raise error
+        return mixed
+    context = context_of(lm_log_probs, retrievals, positions)
+    replayed = replay(keys, targets, retrievals, context, [Run(range(len(targets)), request.prompt_walks)])
+    (request.prompt_walks,) = replayed.walks
+    return mix_found(lm_log_probs, replayed.found)
 
 
 def rows_at_once(lm: CausalLM, retrieval: Retrieval | None) -> int:
@@ -179,23 +213,59 @@ def _next_tokens(
     lm_log_probs = torch.log_softmax(lm.logits(output.hidden[index]), dim=1)
     positions = torch.tensor([len(row.request.prompt_ids) + len(row.choices[0].token_ids) for row in wanted])
     retrievals = [row.request.retrieval for row in wanted]
-    mixed = mix_rows(lm_log_probs, output.keys[index], retrievals, positions.to(index.device))
+    walks = [row.choices[0].walks for row in wanted]  # choices that part here begin alike
+    mixed = mix_rows(lm_log_probs, output.keys[index], retrievals, positions.to(index.device), walks)
     failures = [StepFailure(wanted[row].request, error) for row, error in mixed.found.failures.items()]
+    # A request fails as a whole, whichever of its choices were to be searched for.
+    failed = {failure.request for failure in failures}
     owners = [
-        (i, row.request, choice)
-        for i, row in enumerate(wanted)
-        if i not in mixed.found.failures
-        for choice in row.choices
+        (i, row.request, choice) for i, row in enumerate(wanted) if row.request not in failed for choice in row.choices
     ]
     if not owners:
         return list(failures)
     of_row = torch.tensor([row for row, _, _ in owners], device=lm_log_probs.device)
     sampling = [_sampling(request, choice) for _, request, choice in owners]
     tokens = sample(mixed.log_probs[of_row], sampling, eos_token_ids=eos_token_ids)
-    return [*failures, *_collect(owners, of_row, tokens, lm_log_probs, mixed)]
+    if lost := _advance(owners, mixed.found, tokens.tolist()):
+        failures += lost
+        failed = {failure.request for failure in lost}
+        kept = [i for i, (_, request, _) in enumerate(owners) if request not in failed]
+        owners, of_row, tokens = [owners[i] for i in kept], of_row[kept], tokens[kept]
+    return [*failures, *_collect(owners, of_row, tokens, lm_log_probs, mixed)] if owners else list(failures)
 
 
 _RowOwner = tuple[int, CompletionRequest, Choice]  # row of the mixture, and whose token it gives
+
+
+def _advance(owners: Sequence[_RowOwner], found: Found, tokens: Sequence[int]) -> list[StepFailure]:
+    """Move the walks of choices to where their tokens lead; a datastore that cannot be read fails its own requests."""
+    walking = [(owner, token) for owner, token in zip(owners, tokens, strict=True) if owner[2].walks]
+    if not walking:
+        return []
+    try:
+        _move(walking, found)
+    except KnnlmError:
+        return _move_each(walking, found)
+    return []
+
+
+def _move(walking: Sequence[tuple[_RowOwner, int]], found: Found) -> None:
+    owners, tokens = zip(*walking, strict=True)
+    rows, requests, choices = zip(*owners, strict=True)
+    moved = advance_walks([c.walks for c in choices], [r.retrieval for r in requests], found, rows, tokens)
+    for choice, walks in zip(choices, moved, strict=True):
+        choice.walks = walks
+
+
+def _move_each(walking: Sequence[tuple[_RowOwner, int]], found: Found) -> list[StepFailure]:
+    """One by one, to see whose datastore it is."""
+    failures = []
+    for each in walking:
+        try:
+            _move([each], found)
+        except KnnlmError as error:
+            failures.append(StepFailure(each[0][1], error))
+    return failures
 
 
 def _sampling(request: CompletionRequest, choice: Choice) -> SampleRow:
@@ -216,11 +286,12 @@ def _collect(
     chosen, top_ids, top_values = top_logprobs(mixed.log_probs[of_row], tokens, most)
     traced = [i for i, (_, request, _) in enumerate(rows) if request.trace_neighbors]
     traces = dict(zip(traced, trace_rows(traced, rows, of_row, tokens, chosen, lm_log_probs, mixed.found), strict=True))
-    searched = mixed.found.searched[of_row].tolist()
+    searched, followed = (rows[of_row].tolist() for rows in (mixed.found.searched, mixed.found.followed))
     columns = zip(rows, tokens.tolist(), chosen.tolist(), top_ids.tolist(), top_values.tolist(), strict=True)
     result = []
     for i, ((_, request, choice), token_id, log_prob, ids, values) in enumerate(columns):
         wanted = request.params.logprobs or 0
         top = list(zip(ids[:wanted], values[:wanted], strict=True))
-        result.append(NextToken(request, choice, token_id, log_prob, top, searched[i], traces.get(i)))
+        decided = Decided(int(searched[i]), int(followed[i]))
+        result.append(NextToken(request, choice, token_id, log_prob, top, decided, traces.get(i)))
     return result

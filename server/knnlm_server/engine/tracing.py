@@ -10,7 +10,7 @@ from torch import Tensor
 
 from knnlm_core.knn.distribution import target_log_mass, target_log_probs
 from knnlm_core.knn.fusion import Fusion
-from knnlm_core.mixture import Found
+from knnlm_core.mixture import Found, GateReport
 from knnlm_core.retrieval import Retrieval
 from knnlm_core.types import Neighbors
 from knnlm_server.engine.attribution import attribute
@@ -43,7 +43,6 @@ def trace_rows(
     found = rows_of(found, source)
     p_knn = target_log_mass(found.neighbors.values, found.log_weights, taken).exp().tolist()
     p_lm = lm_log_probs.exp().tolist()
-    searched = found.searched.tolist()
     traces = []
     for i, row in enumerate(traced):
         request = rows[row][1]
@@ -52,9 +51,12 @@ def trace_rows(
         retrieval = request.retrieval
         traces.append(
             TokenTrace(
-                searched=searched[i],
+                searched=bool(one.searched),
+                followed=bool(one.followed),
                 decision=retrieval.gate_name if retrieval else "base",
-                gate_score=_gate_score(one),
+                gate_score=_of_only(one.gates.scores),
+                gate_threshold=retrieval.only.gate.threshold if retrieval and len(retrieval.sources) == 1 else None,
+                num_pointers=int(one.gates.pointers.sum()),
                 lmbda=one.lmbda.item(),
                 p_lm=p_lm[i],
                 p_knn=p_knn[i],
@@ -70,22 +72,22 @@ def trace_rows(
 def rows_of(found: Found, rows: Tensor | slice) -> Found:
     """What was found for some rows; failures are left out."""
     return Found(
-        found.searched[rows],
+        found.outcomes[rows],
         found.lmbda[rows],
         Neighbors(*(column[rows] for column in found.neighbors)),
         found.log_weights[rows],
         found.sources,
         found.shares[rows],
         found.lambdas[rows],
-        found.gate_scores[rows],
+        GateReport(*(column[rows] for column in found.gates)),
         failures={},
     )
 
 
-def _gate_score(found: Found) -> float | None:
+def _of_only(scores: Tensor) -> float | None:
     """What the gate of the one row held against its threshold; None for gates without one, and of several sources."""
-    scores = [score for score in found.gate_scores[0].tolist() if not math.isnan(score)]
-    return scores[0] if len(scores) == 1 else None
+    given = [score for score in scores[0].tolist() if not math.isnan(score)]
+    return given[0] if len(given) == 1 else None
 
 
 def ranked(found: Found, fusion: Fusion) -> Tensor:

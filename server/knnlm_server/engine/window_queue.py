@@ -16,10 +16,13 @@ class WindowOfText(NamedTuple):
 
 
 class WindowQueue:
-    """Texts of the given lengths, cut into windows; texts of fewer than two tokens have none."""
+    """Texts of the given lengths, cut into windows; texts without a token to score have none.
 
-    def __init__(self, lengths: Sequence[int], window: int, stride: int) -> None:
-        self._pending = _windows(lengths, window, stride)
+    Args:   firsts: of each text, the position of the first token to score; 1 where it is not said.
+    """
+
+    def __init__(self, lengths: Sequence[int], window: int, stride: int, firsts: Sequence[int] | None = None) -> None:
+        self._pending = _windows(lengths, firsts if firsts is not None else [1] * len(lengths), window, stride)
         self._next = next(self._pending, None)
 
     @property
@@ -40,7 +43,7 @@ class WindowQueue:
         return taken
 
 
-def _windows(lengths: Sequence[int], window: int, stride: int) -> Iterator[WindowOfText]:
-    for text, length in enumerate(lengths):
-        for cut in rolling_windows(length, window, stride):
+def _windows(lengths: Sequence[int], firsts: Sequence[int], window: int, stride: int) -> Iterator[WindowOfText]:
+    for text, (length, first) in enumerate(zip(lengths, firsts, strict=True)):
+        for cut in rolling_windows(length, window, stride, first):
             yield WindowOfText(text, cut)

@@ -13,6 +13,7 @@ class Searches(NamedTuple):
     """What a pass did at the rows that have a datastore."""
 
     searched: int
+    followed: int
     skipped: int
 
 
@@ -44,7 +45,7 @@ class WindowWork(Protocol):
     def run(self, lm: CausalLM, token_budget: int) -> Searches:
         """One pass over the next windows: at least one, of together at most ``token_budget`` padded tokens if possible.
 
-        Returns: how many rows were searched for, and for how many the search was skipped.
+        Returns: for how many rows it was decided to search, to follow pointers instead, and to do neither.
         Raises: KnnlmError: the request cannot go on.
         """
         ...

@@ -15,7 +15,7 @@ from knnlm_core.datastore.checksums import is_verified, remember_verified, verif
 from knnlm_core.datastore.maintenance.stages import StageProgress, counted
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.errors import DatastoreCorrupt
-from knnlm_core.retrieval import check_lambda_rules
+from knnlm_core.retrieval import check_rules
 from knnlm_core.types import LMIdentity
 from knnlm_server.registry.budget import Budget
 from knnlm_server.registry.progress import Stage
@@ -60,7 +60,7 @@ class Loader:
             taken = 0
             try:
                 datastore.require_fits(self._identity)
-                check_lambda_rules(datastore.calibration, name)
+                check_rules(datastore.calibration, name)
                 self._budget.take(f"datastore {name!r} version {datastore.version}", datastore.num_bytes)
                 taken = datastore.num_bytes
                 report(Stage.OPEN, 1, 1)

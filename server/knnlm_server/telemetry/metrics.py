@@ -26,12 +26,12 @@ class EngineMetrics:
         self.generation_tokens = Counter("knnlm_generation_tokens", "Tokens generated.", registry=self.registry)
         self.retrievals = Counter(
             "knnlm_retrievals",
-            "Tokens with a datastore: whether it was searched for them.",
+            "Tokens with a datastore: whether it was searched for them, pointers were followed instead, or neither.",
             ["decision"],
             registry=self.registry,
         )
         # Looked up once: they move with every token.
-        self._searched, self._skipped = (self.retrievals.labels(decision) for decision in ("searched", "skipped"))
+        self._decisions = [self.retrievals.labels(decision) for decision in ("searched", "followed", "skipped")]
         self.first_token = Histogram(
             "knnlm_time_to_first_token_seconds",
             "From submission to the first token.",
@@ -62,7 +62,7 @@ class EngineMetrics:
             registry=self.registry,
         )
 
-    def count_retrievals(self, searched: int, skipped: int) -> None:
-        """Tokens that have a datastore, by whether it was searched for them."""
-        self._searched.inc(searched)
-        self._skipped.inc(skipped)
+    def count_retrievals(self, searched: int, followed: int, skipped: int) -> None:
+        """Tokens that have a datastore, by what was decided for them."""
+        for counter, count in zip(self._decisions, (searched, followed, skipped), strict=True):
+            counter.inc(count)

@@ -10,7 +10,7 @@ import torch
 from small_store import Plan, document, identity, open_new, random_keys
 
 from knnlm_core.datastore.documents import ROW_GROUP_CHARS, Document, DocumentsWriter, DocumentTable, read_documents
-from knnlm_core.errors import DatastoreMismatch, DatastoreNotFound, DuplicateDocument
+from knnlm_core.errors import DatastoreMismatch, DatastoreNotFound, DuplicateDocument, InvalidParameter
 from knnlm_core.types import EntryRange, LMIdentity
 
 SIZES = (0, 3, 0, 0, 5, 1, 0)  # documents without entries at both ends and in between
@@ -27,6 +27,26 @@ def test_keys_and_values_come_back_bit_for_bit(tmp_path: Path, plan: Plan) -> No
         assert np.array_equal(store.keys(ids).numpy(), plan.keys[ids.numpy()].astype(np.float32))
         assert store.values(ids).tolist() == [[108, 100], [105, 102], [106, 106]]
         assert store.values(torch.tensor([-1, 3])).tolist() == [-1, 103]
+
+
+@pytest.mark.parametrize("exclude", [(), (EntryRange(1, 3), EntryRange(7, 8))], ids=["all", "excluded"])
+def test_entries_are_looked_up_as_a_search_finds_them(
+    tmp_path: Path, plan: Plan, exclude: tuple[EntryRange, ...]
+) -> None:
+    queries = torch.from_numpy(random_keys(5, 4, seed=3)).float()
+    with open_new(tmp_path, plan) as store:
+        found = store.search(queries, 9, exclude=exclude)
+        shuffled = torch.stack([torch.randperm(9) for _ in range(5)])
+        looked_up = store.lookup(queries, shuffled, exclude=exclude)
+        assert torch.equal(looked_up.entry_ids, found.entry_ids)
+        assert torch.equal(looked_up.values, found.values)
+        torch.testing.assert_close(looked_up.distances, found.distances)
+        some = store.lookup(queries[:1], torch.tensor([[-1, 5, -1, 0]]), exclude=exclude)
+        assert sorted(some.entry_ids[0].tolist()) == [-1, -1, 0, 5]
+        assert some.distances[0, 2:].tolist() == [np.inf, np.inf]
+        assert store.lookup(queries, torch.empty(5, 0, dtype=torch.int64)).entry_ids.shape == (5, 0)
+        with pytest.raises(InvalidParameter, match=r"`entry_ids` must be in -1 … 8, got 9 … 9"):
+            store.lookup(queries[:1], torch.tensor([[9]]))
 
 
 def test_next_entry_crosses_shards_and_stops_at_document_ends(tmp_path: Path, plan: Plan) -> None:

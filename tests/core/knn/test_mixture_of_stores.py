@@ -88,7 +88,9 @@ def lambda_of(source: Source, distances: list[float]) -> float:
     return source.lmbda
 
 
-def expected(p_lm: np.ndarray, query: np.ndarray, retrieval: Retrieval | None, position: int) -> Expected:
+def expected(
+    p_lm: np.ndarray, query: np.ndarray, retrieval: Retrieval | None, position: int, applied: type = np.float32
+) -> Expected:
     if retrieval is None:
         return Expected(p_lm, 0.0, [], {})
     weighed: list[dict[int, float]] = []
@@ -110,8 +112,9 @@ def expected(p_lm: np.ndarray, query: np.ndarray, retrieval: Retrieval | None, p
             total = math.fsum(math.exp(score - top) for score in scores.values())
             mass.append({e: source.weight * own_lmbda * math.exp(s - top) / total for e, s in scores.items()})
         lmbda = math.fsum(s.weight * own for s, own in zip(retrieval.sources, lmbdas, strict=True))
-    # λ is applied in float32; where it is nearly 1, its rounding is all that the LM's part is made of.
-    p, p_knn = (1 - float(np.float32(lmbda))) * p_lm, []
+    # λ is mixed in float32, shares are told apart in float64; where it is nearly 1, its rounding is all that the LM's
+    # part is made of.
+    p, p_knn = (1 - float(applied(lmbda))) * p_lm, []
     for source, masses, scores in zip(retrieval.sources, mass, weighed, strict=True):
         for entry, share in masses.items():
             p[source.datastore.values[entry]] += share  # type: ignore[attr-defined]
@@ -229,7 +232,7 @@ def test_contributions_are_those_of_a_brute_force_sum_and_add_up(step, token: in
         shares = parts.shares[mine].tolist()
         assert parts.model[row].item() + math.fsum(shares) == pytest.approx(1, abs=1e-9)
         p_lm, position = lm[row].double().exp().numpy(), int(context.positions[row])
-        need = expected(p_lm, keys[row].double().numpy(), retrieval, position)
+        need = expected(p_lm, keys[row].double().numpy(), retrieval, position, np.float64)
         if need.p[token] < 1e-30:
             continue
         have: dict[tuple[int, int], float] = {}

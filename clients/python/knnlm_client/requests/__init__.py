@@ -25,10 +25,11 @@ from knnlm_client.requests.datastores import (
     VerifyRequest,
 )
 from knnlm_client.requests.neighbors import NeighborsOptions, NeighborsRequest
-from knnlm_client.requests.scoring import DocumentInput, ScoreInput, ScoreOptions, ScoreRequest
+from knnlm_client.requests.scoring import AfterContext, DocumentInput, ScoreInput, ScoreOptions, ScoreRequest
 from knnlm_client.requests.tokenizer import DetokenizeRequest, TokenizeChatRequest, TokenizeOptions, TokenizeRequest
 
 __all__ = [
+    "AfterContext",
     "ChatMessage",
     "ChatOptions",
     "ChatRequest",

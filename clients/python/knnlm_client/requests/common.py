@@ -49,8 +49,9 @@ class KnnOptions(RequestPart):
         temperature: τ > 0, divides squared distances; it is not the sampling temperature.
         lmbda: λ in [0, 1], the weight of p_knn, the same for every token; `"lambda"` on the wire.
         lambda_mode: `"fixed"`, or a rule of the calibration that sets λ per token: `"bucketed"`, `"rrc"`, `"learned"`.
-        gate: which gate decides when to search.
-        gate_threshold: the gate's threshold, in the gate's own units.
+        gate: when to search: `"always"`, `"never"`, `"every_n"`, `"confidence"`, or `"automaton"` or `"learned"`, which
+            follow what was found before where they do not search.
+        gate_threshold: the gate's threshold, in the gate's own units: n, a probability, entries to follow, nats.
         speculate: draft tokens from a neighbour's continuation.
         trace: ask for one `TraceEntry` per generated token.
         attribution: ask which documents the probabilities came from; generated tokens get their trace too.

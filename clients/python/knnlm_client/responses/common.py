@@ -92,6 +92,10 @@ class TraceEntry(ResponsePart):
     """How one token came about: p = λ p_knn + (1 − λ) p_lm.
 
     Attributes:
+        followed: whether entries next to those found before were used instead of a search; `neighbors` are these.
+        decision: the gate that decided.
+        gate_score: what it held against its threshold, in the threshold's units; None for gates without one.
+        pointers: how many entries could have been followed.
         neighbors: nearest first; of several datastores with a λ each, by weight.
         datastores: with several datastores, what each one had to do with it.
         attribution: which documents it came from, where that was asked for.
@@ -100,8 +104,11 @@ class TraceEntry(ResponsePart):
     token_id: int
     token: str
     searched: bool
+    followed: bool = False
     decision: str
     gate_score: float | None = None
+    gate_threshold: float | None = None
+    pointers: int = 0
     lmbda: float = Field(validation_alias=AliasChoices("lambda", "lmbda"), serialization_alias="lambda")
     p_lm: float
     p_knn: float | None = None  # None: there was nothing to mix in

@@ -41,12 +41,13 @@ class ScoredToken(ResponsePart):
 
     id: int
     token: str
-    offset: int | None  # characters before it; None where token ids were given
+    offset: int | None  # characters of its text before it; None where token ids were given
     base: float  # log-probability, natural
     mixed: float
     lmbda: float = Field(validation_alias=AliasChoices("lambda", "lmbda"), serialization_alias="lambda")
     decision: str
     searched: bool | None = None  # None: a server that does not say
+    followed: bool = False  # whether entries next to those found before were used instead
     longest_match: int | None = None  # with `overlap`; see `OverlapBucket`
     attribution: TokenAttribution | None = None  # with `KnnOptions.attribution`
 
@@ -55,6 +56,7 @@ class _Sums(ResponsePart):
     tokens: int
     bytes: int
     searched: int
+    followed: int = 0
     base: Loss
     mixed: Loss
     overlap: list[OverlapBucket] | None = None

@@ -9,7 +9,13 @@ import torch
 from pydantic import JsonValue
 
 from knnlm_core.datastore import layout
-from knnlm_core.datastore.calibration import Calibration, calibration_id, read_calibration, write_calibration
+from knnlm_core.datastore.calibration import (
+    Calibration,
+    calibration_id,
+    read_calibration,
+    read_gate_trees,
+    write_calibration,
+)
 from knnlm_core.datastore.canaries import Canaries, canaries_of
 from knnlm_core.datastore.documents import DocumentsWriter
 from knnlm_core.datastore.maintenance.copies import Keep
@@ -67,12 +73,16 @@ def copy_calibration(root: Path, name: str, calibration: str, version: str, *, w
         lmbda=old.lmbda,
         lambda_mode=old.lambda_mode,
         lambda_rules=old.lambda_rules,
+        follow_rule=old.follow_rule,
         gate=old.gate,
+        gate_threshold=old.gate_threshold,
+        gate_trees=old.gate_trees,
+        learned_threshold=old.learned_threshold,
         protocol=protocol,
         report=_not_naming(old.report, without),
         helps=old.helps,
     )
-    write_calibration(root, name, new)
+    write_calibration(root, name, new, read_gate_trees(root, name, old))
     return new.id
 
 

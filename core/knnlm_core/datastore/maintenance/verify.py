@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from knnlm_core.datastore import layout
-from knnlm_core.datastore.calibration import read_calibration
+from knnlm_core.datastore.calibration import read_calibration, read_gate_trees
 from knnlm_core.datastore.canaries import SelfTest, self_test
 from knnlm_core.datastore.history import read_history
 from knnlm_core.datastore.ledger_file import LedgerState, read_ledger, segment_folders
@@ -61,6 +61,8 @@ def verify(root: Path, name: str, version: str | None = None, *, progress: Stage
     state = read_ledger(root, name)
     _verify_tail(root, name, state, progress)
     calibrations = [read_calibration(root, name, id_) for id_ in layout.calibration_ids(root, name)]
+    for each_calibration in calibrations:
+        read_gate_trees(root, name, each_calibration)
     advance = counted(progress, "self-test", len(versions))
     checks = []
     for manifest in manifests:

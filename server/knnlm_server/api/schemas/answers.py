@@ -24,7 +24,7 @@ class RetrievalUsage(Answer):
     """What happened at the request's tokens."""
 
     searched: int = Field(ge=0, description="Tokens before which the datastore was searched.")
-    followed: int = Field(ge=0)
+    followed: int = Field(ge=0, description="Tokens for which entries next to those found before were used instead.")
     skipped: int = Field(ge=0)
     drafted: int = Field(ge=0)
     accepted: int = Field(ge=0)
@@ -121,10 +121,17 @@ class TokenTraceEntry(Answer):
     token_id: int = Field(ge=0)
     token: str
     searched: bool
+    followed: bool = Field(
+        description="Whether entries next to those found before were used instead of a search; `neighbors` are these."
+    )
     decision: str = Field(description="Which gate decided whether to search; `base` without a datastore.")
     gate_score: float | None = Field(
-        description="What the gate held against its threshold; null for gates without one, and of several datastores."
+        description="What the gate held against its threshold: of every_n how many tokens ago its multiple was, of "
+        "confidence a probability, of automaton the number of pointers, of learned the nats that a search is expected "
+        "to gain. Null for gates without one, and of several datastores."
     )
+    gate_threshold: float | None = Field(description="The threshold; null like `gate_score`.")
+    pointers: int = Field(ge=0, description="Entries that could have been followed.")
     lmbda: float = Field(alias="lambda", ge=0, le=1, description="λ: weight of p_knn.")
     p_lm: float = Field(ge=0)
     p_knn: float = Field(ge=0)

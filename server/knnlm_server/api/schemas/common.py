@@ -138,12 +138,15 @@ class KnnBody(ClosedBody):
     )
     gate: Annotated[str, shown(enum=list(GateMode))] | None = Field(
         default=None,
-        description="When to search: always, never, at every n-th position, or where the model is not confident.",
+        description="When to search: always, never, at every n-th position (`every_n`), where the model is not "
+        "confident (`confidence`), where there are no entries to go on from (`automaton`), or where it is expected to "
+        "gain enough (`learned`). The last two follow what was found before where they do not search.",
     )
     gate_threshold: Annotated[float, shown(minimum=0, maximum=MAX_PERIOD)] | None = Field(
         default=None,
         description="Of gates that have one. every_n: n. confidence: search where the model gives its likeliest token "
-        "less than this probability.",
+        "less than this probability. automaton: search where fewer entries can be followed (1). learned: search where "
+        "that is expected to gain more than so many nats (as calibrated).",
     )
     speculate: Annotated[bool, shown(const=False)] | None = Field(
         default=None, description="Draft from the datastore; not offered by this build."

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from knnlm_core.datastore.calibration import LambdaModeName
+from knnlm_core.datastore.calibration import GateModeName, LambdaModeName
 from knnlm_core.datastore.layout import DIGEST_PATTERN, NAME_PATTERN
 from knnlm_core.datastore.manifest import Digest16
 from knnlm_server.api.schemas.common import ClosedBody, NonEmpty, Off
@@ -52,7 +52,8 @@ class CalibrationReport(BaseModel):
     lmbda: float = Field(alias="lambda", ge=0, le=1, description="The best single λ.")
     lambda_mode: LambdaModeName = Field(description="How λ is set where a request does not say.")
     lambda_modes: list[LambdaModeName] = Field(description="Those that `knn.lambda_mode` may name.")
-    gate: Literal["always"]
+    gate: GateModeName = Field(description="When the datastore is searched where a request does not say.")
+    gate_threshold: float | None = Field(ge=0, description="Of that gate; null for gates without one.")
     helps: bool = Field(description="Whether the mixture beat the base LM.")
     report: dict[str, JsonValue]
     held_out_documents: list[str] | None

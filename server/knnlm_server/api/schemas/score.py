@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Discriminator, Field, Tag
 from pydantic.config import JsonDict
 from pydantic.json_schema import SkipJsonSchema
 
@@ -18,6 +18,7 @@ from knnlm_server.api.schemas.common import (
     ListOfTokenIds,
     NonEmpty,
     Off,
+    Text,
     Texts,
     TokenIds,
 )
@@ -35,8 +36,55 @@ class DocumentInput(ClosedBody):
     document_id: NonEmpty
 
 
-Documents = Annotated[list[DocumentInput], Field(fail_fast=True)]
-ScoreInput = str | TokenIds | DocumentInput
+class TextAfterContext(ClosedBody):
+    """A text that goes on from a context, each tokenised by itself."""
+
+    context: Annotated[Text, shown(minLength=1)] = Field(description="Conditioned on and not scored, as a prompt is.")
+    text: Text = Field(description="Scored from its first token on.")
+
+
+class TokensAfterContext(ClosedBody):
+    """Token ids that go on from a context: what a completion generated after its prompt, exactly."""
+
+    context: Annotated[TokenIds, shown(minItems=1)] = Field(description="Conditioned on and not scored.")
+    text: TokenIds = Field(description="Scored from its first token on.")
+
+
+AfterContext = TextAfterContext | TokensAfterContext
+ScoreInput = str | TokenIds | DocumentInput | AfterContext
+
+
+def _form_of_pair(given: Any) -> str:
+    is_ids = isinstance(given, dict) and isinstance(given.get("context"), list)
+    return "list[int]" if is_ids else "str"
+
+
+def _form_of_input(given: Any) -> str:
+    if not isinstance(given, list):
+        return "str"
+    match given[0] if given else "":
+        case str():
+            return "list[str]"
+        case {"document_id": _}:
+            return "list[DocumentInput]"
+        case dict():
+            return "list[AfterContext]"
+    return "list[list[int]]"
+
+
+# Told apart by a look, so that what is wrong in a list is said of its element; the tags are what a union would say.
+_Pair = Annotated[
+    Annotated[TextAfterContext, Tag("str")] | Annotated[TokensAfterContext, Tag("list[int]")],
+    Discriminator(_form_of_pair),
+]
+_Input = Annotated[
+    Annotated[NonEmpty, Tag("str")]
+    | Annotated[Texts, _TEXTS, Tag("list[str]")]
+    | Annotated[ListOfTokenIds, _TEXTS, Tag("list[list[int]]")]
+    | Annotated[list[DocumentInput], Field(fail_fast=True), _TEXTS, Tag("list[DocumentInput]")]
+    | Annotated[list[_Pair], Field(fail_fast=True), _TEXTS, Tag("list[AfterContext]")],
+    Discriminator(_form_of_input),
+]
 
 # All fields at once, and in agreement.
 _EXAMPLE: JsonDict = {
@@ -49,18 +97,26 @@ _EXAMPLE: JsonDict = {
     "stride": 32,
     "stream": True,
 }
+_AFTER_CONTEXT: JsonDict = {
+    "input": [
+        {"context": "The tenant may", "text": " refuse to pay."},
+        {"context": [32, 76, 340], "text": [265, 12]},
+    ],
+    "knn": {"datastore": "law", "gate": "automaton", "gate_threshold": 2},
+    "per_token": True,
+}
 
 
 class ScoreBody(Body):
     """``POST /v1/score``."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE, _AFTER_CONTEXT]})
 
     model: str | None = Field(default=None, description="`<lm>`, `<lm>@<datastore>` or `<lm>@<datastore>+<datastore>`.")
-    input: NonEmpty | Annotated[Texts, _TEXTS] | Annotated[ListOfTokenIds, _TEXTS] | Annotated[Documents, _TEXTS] = (
-        Field(
-            description="A text, texts, lists of token ids, or documents of the datastore, of which there must be one."
-        )
+    input: _Input = Field(
+        description="A text, texts, lists of token ids, or documents of the datastore, of which there must be one; or "
+        "texts that go on from a context, which is conditioned on and not scored. A text after a context is tokenised "
+        "by itself, as is the context: give token ids to score what a completion generated exactly as it did."
     )
     knn: KnnBody | None = None
     per_token: Off = Field(default=False, description="Report every token.")
@@ -128,12 +184,15 @@ class ScoredToken(Answer):
 
     id: int = Field(ge=0)
     token: str
-    offset: int | None = Field(ge=0, description="Character at which it begins; null where token ids were given.")
+    offset: int | None = Field(
+        ge=0, description="Character of the text at which it begins; null where token ids were given."
+    )
     base: float = Field(le=1e-3, description="Log-probability, natural; −9999 for a probability of 0.")
     mixed: float = Field(le=1e-3)
     lmbda: float = Field(alias="lambda", ge=0, le=1, description="λ: weight of p_knn.")
     decision: str = Field(description="Which gate decided whether to search; `base` without a datastore.")
     searched: bool
+    followed: bool = Field(description="Whether entries next to those found before were used instead of a search.")
     attribution: TokenAttribution | SkipJsonSchema[None] = Field(
         default=None, description="Only with `knn.attribution`."
     )
@@ -148,6 +207,7 @@ class ScoreTotal(Answer):
     tokens: int = Field(ge=0)
     bytes: int = Field(ge=0)
     searched: int = Field(ge=0, description="Tokens before which the datastore was searched.")
+    followed: int = Field(ge=0, description="Tokens for which entries next to those found before were used instead.")
     base: Loss = Field(description="Of the LM alone.")
     mixed: Loss = Field(description="Of the mixture.")
     overlap: Annotated[list[OverlapBucket], Field(min_length=7, max_length=7)] | SkipJsonSchema[None] = Field(
