@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import JsonValue
@@ -317,6 +317,21 @@ def say_calibration(calibration: Calibration, reporter: Reporter) -> None:
         f"{_perplexity(calibration, 'base'):.3f} → mixed {_perplexity(calibration, 'mixed'):.3f} "
         f"({-100 * float(report['gain']):+.1f} %, {interval})"  # type: ignore[arg-type]
     )
+    _say_gates(calibration, reporter)
+
+
+def _say_gates(calibration: Calibration, reporter: Reporter) -> None:
+    """Tell which gate is the default where it is not `always`, and what the learned one saves."""
+    report: Any = calibration.report
+    if calibration.gate != "always":
+        threshold = "" if calibration.gate_threshold is None else f" at {calibration.gate_threshold:g}"
+        reporter.say(
+            f"Gate: {calibration.gate}{threshold}, for {calibration.protocol['latency_budget_ms']} ms per token"
+        )
+    for of_gate in report["gates"]:
+        if (of_gate["gate"], of_gate["threshold"]) == ("learned", calibration.learned_threshold):
+            saved, change = 1 - of_gate["searched"], of_gate["change"]
+            reporter.say(f"The gate 'learned' saves {saved:.0%} of the searches there for {change:+.1%} of perplexity")
 
 
 def _perplexity(calibration: Calibration, which: str) -> float:
