@@ -158,8 +158,9 @@ def sources(store: Datastore) -> dict[str, Source]:
     if calibration.follow_rule is not None:
         used = replace(used, follow_rule=ready_rule(calibration.follow_rule, store.name))
     gates: list[Gate] = [*map(EveryN, PERIODS), *map(Confidence, CONFIDENCES), *(Automaton(float(n)) for n in POINTERS)]
-    if store.gate_trees is not None:
-        gates += [LearnedGate(store.gate_trees, gain) for gain in GAINS]
+    if store.gate_trees is None:
+        raise SystemExit(f"datastore {store.name} has no learned gate; run knnlm calibrate on it")
+    gates += [LearnedGate(store.gate_trees, gain) for gain in GAINS]
     return {
         **{f"λ {way}": source for way, source in ways.items()},
         **{f"{gate.mode} {gate.threshold:g}": replace(used, gate=gate) for gate in gates},
@@ -176,13 +177,13 @@ def score(lm: HuggingFaceLM, store: Datastore, texts: Rows) -> dict[str, Any]:
         log_probs["base"].append(held.evidence.base.double())
         blocks.append(of_group)
         for name, source in ways.items():
-            walked = walk(held, replace(source, gate=source.gate))
+            walked = walk(held, source)
             log_probs[name].append(walked.log_probs)
             outcomes[name].append(walked.outcomes)
     calibration = store.calibration
     assert calibration is not None
-    best = f"λ {calibration.lambda_mode}"
     joined = {name: torch.cat(parts) for name, parts in log_probs.items()}
+    best = max((name for name in ways if name.startswith("λ ")), key=lambda name: float(joined[name].mean()))
     block_ids = torch.cat([some + 1_000_000 * i for i, some in enumerate(blocks)])
     rows = []
     for name, values in joined.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -71,11 +72,15 @@ def replay(
     for use in following:
         of_use = set(use.rows)
         members = [i for i, run in enumerate(runs) if run.rows and run.rows[0] in of_use]
-        begun = [(runs[i].rows, walks[i][use.slot]) for i in members]
-        trail = follow(use.source, begun, keys, targets, context, blocks[use.slot])
+        # Only the rows of this source: texts that each exclude themselves are sources of their own.
+        rows = torch.tensor([row for i in members for row in runs[i].rows], device=keys.device)
+        known = context.take(rows) if context is not None else None
+        near = Neighbors(*(column[rows, : use.source.k] for column in blocks[use.slot]))
+        begun = [(run, walks[i][use.slot]) for i, run in zip(members, _side_by_side(runs, members), strict=True)]
+        trail = follow(use.source, begun, keys[rows], targets[rows], known, near)
         for i, walk in zip(members, trail.walks, strict=True):
             walks[i][use.slot] = walk
-        uses += _put_trail(trail, use, gated, blocks[use.slot])
+        uses += _put_trail(trail, use._replace(rows=rows.tolist()), gated, blocks[use.slot])
     return Replayed(assemble(gated._replace(uses=uses), blocks, retrieving, context), [tuple(each) for each in walks])
 
 
@@ -150,22 +155,28 @@ def _replaced(found: Neighbors, rows: Tensor, by: Neighbors) -> Neighbors:
     return found
 
 
+def _side_by_side(runs: Sequence[Run], members: Sequence[int]) -> list[range]:
+    """Where the rows of some runs are once they alone are left."""
+    ends = list(accumulate((len(runs[i].rows) for i in members), initial=0))
+    return [range(start, stop) for start, stop in pairwise(ends)]
+
+
 def _put_trail(trail: Trail, use: Use, gated: Gated, block: Neighbors) -> list[Use]:
-    """Let what was decided stand in ``gated`` and in the block of the slot, and return the uses that it comes to."""
-    rows = torch.tensor(use.rows, device=trail.outcomes.device)
-    outcomes = trail.outcomes[rows]
+    """Let what was decided for a use's rows stand in ``gated`` and in the block; returns the uses that it comes to."""
+    rows, outcomes = torch.tensor(use.rows, device=trail.outcomes.device), trail.outcomes
     gated.outcomes[rows, use.slot] = outcomes
-    gated.report.scores[rows, use.slot] = trail.scores[rows]
-    gated.report.pointers[rows, use.slot] = trail.pointers.counts[rows]
-    followed = rows[outcomes == FOLLOWED]
-    _replaced(block, torch.zeros_like(trail.outcomes, dtype=torch.bool).index_fill(0, rows[outcomes != SEARCHED], True),
-              trail.pointers.neighbors)  # fmt: skip
+    gated.report.scores[rows, use.slot] = trail.scores
+    gated.report.pointers[rows, use.slot] = trail.pointers.counts
+    changed = outcomes != SEARCHED
+    for column, pointers, missing in zip(block, trail.pointers.neighbors, _MISSING, strict=True):
+        column[rows[changed]] = missing
+        column[rows[changed], :MAX_POINTERS] = pointers[changed]
     parts = []
-    if searched := rows[outcomes == SEARCHED].tolist():
+    if searched := rows[~changed].tolist():
         parts.append(use._replace(rows=searched))
-    if len(followed):
-        pointers = Neighbors(*(column[followed] for column in trail.pointers.neighbors))
-        parts.append(use._replace(rows=followed.tolist(), pointers=pointers))
+    if bool((followed := outcomes == FOLLOWED).any()):
+        near = Neighbors(*(column[followed] for column in trail.pointers.neighbors))
+        parts.append(use._replace(rows=rows[followed].tolist(), pointers=near))
     return parts
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from knnlm_core.datastore.calibration import BucketedLambda, Calibration, FollowRule, LambdaRules, RrcLambda
 from knnlm_core.errors import DatastoreMismatch, InvalidKnnParams, InvalidParameter
 from knnlm_core.knn.fusion import Fusion
-from knnlm_core.knn.gates import ALWAYS, GATE_FEATURES, Gate, GateMode, LearnedGate, parse_gate, parse_mode
+from knnlm_core.knn.gates import ALWAYS, GATE_FEATURES, MAX_GAIN, Gate, GateMode, LearnedGate, parse_gate, parse_mode
 from knnlm_core.knn.lambdas import LAMBDA_FEATURES, Bucketed, LambdaMode, LambdaRule, Learned, Rrc
 from knnlm_core.trees import Trees
 from knnlm_core.types import EntryRange, Neighbors
@@ -132,14 +132,19 @@ def check_rules(calibration: Calibration | None, name: str) -> None:
             lambda_rule(calibration.lambda_rules, mode, name)
     if calibration.follow_rule is not None:
         ready_rule(calibration.follow_rule, name)
+    threshold = calibration.gate_threshold
+    if calibration.gate == "learned" and (threshold is None or threshold > MAX_GAIN):
+        raise DatastoreMismatch(
+            name, field="gate_threshold", have=str(threshold), need=f"0 … {MAX_GAIN:g}", needed_by="the gate learned"
+        )
     if calibration.gate != "learned":
         try:
-            parse_gate(calibration.gate, calibration.gate_threshold)
+            parse_gate(calibration.gate, threshold)
         except InvalidKnnParams as error:
             raise DatastoreMismatch(
                 name,
                 field="gate_threshold",
-                have=f"{calibration.gate_threshold} for the gate {calibration.gate}",
+                have=f"{threshold} for the gate {calibration.gate}",
                 need=error.message,
                 needed_by="this reader",
             ) from error
@@ -151,6 +156,11 @@ def keeps_to(calibration: Calibration | None, source: Source) -> bool:
     """Whether a source has the calibrated k and τ, for which rules and gates were fitted."""
     calibrated = calibration and (calibration.k, calibration.knn_temperature)
     return (source.k, source.knn_temperature) == calibrated
+
+
+def _calibrated(calibration: Calibration | None) -> str:
+    assert calibration is not None, "something was fitted without a calibration. This is a bug."
+    return f"k {calibration.k} and τ {calibration.knn_temperature:g}"
 
 
 def with_lambda_mode(source: Source, calibration: Calibration | None, mode: LambdaMode | None, name: str) -> Source:
@@ -171,8 +181,8 @@ def with_lambda_mode(source: Source, calibration: Calibration | None, mode: Lamb
     rule = lambda_rule(calibration.lambda_rules if calibration is not None else LambdaRules(), mode, name)
     if rule is not None and not fits:
         raise InvalidKnnParams(
-            f"`knn.lambda_mode` {mode} holds for the calibrated k and τ alone, got k {source.k} and "
-            f"τ {source.knn_temperature:g}",
+            f"`knn.lambda_mode` {mode} holds for the calibrated k and τ alone, {_calibrated(calibration)}, "
+            f"got k {source.k} and τ {source.knn_temperature:g}",
             param="knn.lambda_mode",
         )
     follow = calibration.follow_rule if calibration is not None else None
@@ -212,8 +222,8 @@ def with_gate(
         )
     if not fits:
         raise InvalidKnnParams(
-            f"`knn.gate` learned holds for the calibrated k and τ alone, got k {source.k} and "
-            f"τ {source.knn_temperature:g}",
+            f"`knn.gate` learned holds for the calibrated k and τ alone, {_calibrated(calibration)}, "
+            f"got k {source.k} and τ {source.knn_temperature:g}",
             param="knn.gate",
         )
     return replace(source, gate=LearnedGate(trees, calibration.learned_threshold if threshold is None else threshold))

@@ -10,9 +10,11 @@ import numpy.typing as npt
 
 from knnlm_core.errors import InvalidParameter
 
-MAX_TREES = 4096
+MAX_TREES = 1024
+MAX_DEPTH = 32
+MAX_NUMBER = 1e6  # of thresholds and values; far beyond what nats and features need
 MAX_NODES = 256  # of a tree
-ROWS_AT_ONCE = 4096  # of a prediction; bounds its memory
+ROWS_AT_ONCE = 1024  # of a prediction; bounds its memory
 _COLUMNS = ("feature", "threshold", "left", "right", "value")
 
 Floats = npt.NDArray[np.float64]
@@ -80,8 +82,10 @@ class Trees(NamedTuple):
             raise InvalidParameter("trees must have children after their parents, and leaves that are their own")
         if not bool(((feature >= 0) & (feature < num_features)).all()):
             raise InvalidParameter(f"trees must look at features 0 … {num_features - 1}")
-        if not all(bool(np.isfinite(arrays[name]).all()) for name in ("threshold", "value", "baseline")):
-            raise InvalidParameter("numbers of trees must be finite")
+        if not all(bool((np.abs(arrays[name]) <= MAX_NUMBER).all()) for name in ("threshold", "value", "baseline")):
+            raise InvalidParameter(f"numbers of trees must be in -{MAX_NUMBER:g} … {MAX_NUMBER:g}")
+        if (depth := _depth(left, right)) > MAX_DEPTH:
+            raise InvalidParameter(f"trees must be at most {MAX_DEPTH} deep, got {depth}")
         return cls(
             feature.astype(np.int64),
             threshold.astype(np.float64),
@@ -89,7 +93,7 @@ class Trees(NamedTuple):
             right.astype(np.int64),
             value.astype(np.float64),
             float(arrays["baseline"][0]),
-            _depth(left, right),
+            depth,
         )
 
 

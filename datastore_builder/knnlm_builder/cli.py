@@ -40,7 +40,6 @@ def build(
     device: Annotated[str | None, _option("device", "--device")] = None,
     threads: Annotated[int | None, _option("threads", "--threads")] = None,
     batch_tokens: Annotated[int | None, _option("batch_tokens", "--batch-tokens")] = None,
-    latency_budget_ms: Annotated[float | None, _option("latency_budget_ms", "--latency-budget-ms")] = None,
     seed: Annotated[int | None, _option("seed", "--seed")] = None,
     force: Annotated[bool, _option("force", "--force")] = False,
 ) -> None:

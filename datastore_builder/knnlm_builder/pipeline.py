@@ -133,7 +133,6 @@ def _build(
             seed=settings.seed,
             nprobe=gate.nprobe,
             reporter=reporter,
-            budget_ms=settings.latency_budget_ms,
         )
         calibration = made.calibration
         check = verify(datastore, plan, nprobe=gate.nprobe, seed=settings.seed)

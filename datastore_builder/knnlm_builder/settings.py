@@ -22,19 +22,7 @@ class _LMSettings(BaseModel):
     batch_tokens: int = Field(default=4096, ge=1, description="Padded tokens per forward pass.")
 
 
-class _GateSettings(BaseModel):
-    """How the default gate is chosen."""
-
-    latency_budget_ms: float | None = Field(
-        default=None,
-        gt=0,
-        allow_inf_nan=False,
-        description="Milliseconds of retrieval per token that the default gate must keep to, on average and on this "
-        "machine; by default every token is searched.",
-    )
-
-
-class BuildSettings(_LMSettings, _GateSettings):
+class BuildSettings(_LMSettings):
     """Settings of one build; those that shape the result enter the datastore's version."""
 
     model: str = Field(description="Language model: hub id, folder or GGUF file.")
@@ -64,11 +52,18 @@ class BuildSettings(_LMSettings, _GateSettings):
         return settle_windows(self.window, self.stride, max_length=max_length)
 
 
-class CalibrateSettings(_LMSettings, _GateSettings):
+class CalibrateSettings(_LMSettings):
     """Settings of one calibration of a published version."""
 
     model: str = Field(description="Language model that the datastore was built with: hub id, folder or GGUF file.")
     datastore: Path = Field(description="The datastore, as ROOT/NAME; its current version is calibrated.")
+    latency_budget_ms: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Milliseconds of retrieval per token that the default gate must keep to, on average and on this "
+        "machine; by default every token is searched.",
+    )
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of what is fitted on and of the bootstrap.")
     force: bool = Field(default=False, description="Replace the calibration even if the datastore does not help.")
 

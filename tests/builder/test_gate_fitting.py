@@ -16,19 +16,28 @@ from small_build import Recorder, build, given, prose, tiny_lm, write_jsonl
 from knnlm_builder.recalibrate import calibrate_with
 from knnlm_builder.settings import BuildSettings, CalibrateSettings, read_settings
 from knnlm_builder.stages import compare_gates
-from knnlm_builder.stages.compare_gates import Candidate, default_threshold, settle_gates
+from knnlm_builder.stages.compare_gates import Candidate, Cost, _best_within, default_threshold, settle_gates
 from knnlm_builder.stages.fit import Evidence
-from knnlm_builder.stages.fit_gate import as_trees, explore_at_random, fit_gate
+from knnlm_builder.stages.fit_gate import as_trees
 from knnlm_builder.stages.practice import MAX_SHARE, gather_practice
 from knnlm_builder.stages.walked import RUN_TOKENS, Held, Walked, walk
 from knnlm_core.datastore import layout
-from knnlm_core.datastore.calibration import Calibration, calibration_id, read_calibration, write_calibration
+from knnlm_core.datastore.calibration import (
+    PRACTICE_IDS,
+    Calibration,
+    calibration_id,
+    read_calibration,
+    read_gate_trees,
+    write_calibration,
+)
 from knnlm_core.datastore.gate_file import GATE
+from knnlm_core.datastore.ledger import ledger_lock
+from knnlm_core.datastore.maintenance.carried import copy_calibration
 from knnlm_core.datastore.maintenance.verify import verify
 from knnlm_core.datastore.publish import set_current
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.errors import BuildError, DatastoreCorrupt, DatastoreMismatch, InvalidParameter
-from knnlm_core.knn.gates import ALWAYS, GATE_FEATURES, Automaton, Confidence, LearnedGate
+from knnlm_core.knn.gates import ALWAYS, GATE_FEATURES, Automaton, Confidence, EveryN, LearnedGate
 from knnlm_core.knn.lambdas import LambdaMode
 from knnlm_core.retrieval import Retrieval, Source, check_rules, ready_rule, with_gate, with_lambda_mode
 from knnlm_core.signals import LMSignals
@@ -37,10 +46,10 @@ from knnlm_core.types import Neighbors
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> BuildSettings:
-    """A store of enough text for a gate, whose default keeps to a budget that no search of every token could."""
+    """A store of enough text for a gate."""
     folder = tmp_path_factory.mktemp("gated")
     pages = write_jsonl(folder / "pages.jsonl", [prose(i, 16) for i in range(90)])
-    settings = given(folder / "stores", pages, latency_budget_ms=1e6)
+    settings = given(folder / "stores", pages)
     build(settings)
     return settings
 
@@ -87,13 +96,70 @@ def test_the_gate_is_better_than_searching_at_every_other_token(built: BuildSett
     assert saving[0]["perplexity"] < half["perplexity"]
 
 
-def test_the_budget_is_kept_to_and_named_when_it_cannot_be(built: BuildSettings) -> None:
-    _, calibration = opened(built)
-    assert calibration.protocol["latency_budget_ms"] == 1e6
-    assert calibration.report["cost_ms"]["search"] > 0
-    settings = read_settings(CalibrateSettings, datastore=built.output / "law", model="tiny", latency_budget_ms=1e-9)
+def test_the_best_gate_within_the_budget_is_chosen() -> None:
+    trees = as_trees(*_fitted())
+    tried = [
+        Candidate(ALWAYS, _walked(1.0, -1.0)),
+        Candidate(Confidence(0.5), _walked(0.5, -1.3)),
+        Candidate(Automaton(), _walked(0.4, -1.1)),
+        Candidate(LearnedGate(trees, 0.1), _walked(0.3, -1.2)),
+        Candidate(LearnedGate(trees, 0.2), _walked(0.1, -1.4)),
+    ]
+    cost = Cost(search=10.0, decision=1.0)
+    for budget, need in ((10.0, 0), (9.9, 2), (5.0, 2), (4.9, 3), (4.0, 3), (3.9, 4), (2.0, 4)):
+        assert _best_within(tried, budget, cost) is tried[need]
+    with pytest.raises(InvalidParameter, match=r"`latency_budget_ms` must be at least 2.00, .*, got 1.9"):
+        _best_within(tried, 1.9, cost)
+
+
+def test_a_budget_is_measured_anew_and_named_when_it_cannot_be_kept(built: BuildSettings, tmp_path: Path) -> None:
+    shutil.copytree(built.output, tmp_path / "stores")
+    place = tmp_path / "stores" / "law"
+    wide = read_settings(CalibrateSettings, datastore=place, model="tiny", latency_budget_ms=1e6)
+    made = calibrate_with(tiny_lm(), wide, Recorder())
+    best = min(made.report["gates"], key=lambda of_gate: of_gate["perplexity"])
+    assert made.report["mixed"]["perplexity"] < 1.02 * best["perplexity"]  # nothing was forbidden
+    assert made.protocol["latency_budget_ms"] == 1e6
+    assert made.protocol["cost_ms"]["search"] > 0
+    hopeless = read_settings(CalibrateSettings, datastore=place, model="tiny", latency_budget_ms=1e-9)
     with pytest.raises(InvalidParameter, match=r"`latency_budget_ms` must be at least .*, got 1e-09"):
-        calibrate_with(tiny_lm(), settings, Recorder())
+        calibrate_with(tiny_lm(), hopeless, Recorder())
+
+
+def test_a_copy_keeps_the_gate_unless_a_document_goes_that_it_was_fitted_on(
+    built: BuildSettings, tmp_path: Path
+) -> None:
+    root = tmp_path / "stores"
+    shutil.copytree(built.output, root)
+    store, calibration = opened(built)
+    store.close()
+    assert calibration.protocol[PRACTICE_IDS]
+    kept = read_calibration(root, "law", copy_calibration(root, "law", calibration.id, "0" * 16, without=["another"]))
+    changed = {"id": kept.id, "datastore_version": "0" * 16, "protocol": kept.protocol}
+    assert kept == calibration.model_copy(update=changed)
+    copied = read_gate_trees(root, "law", kept)
+    assert copied is not None
+    assert store.gate_trees is not None
+    assert all(np.array_equal(a, b) for a, b in zip(copied, store.gate_trees, strict=True))
+    for field in (PRACTICE_IDS, "held_out_documents"):
+        gone = calibration.protocol[field][0]
+        bare = read_calibration(root, "law", copy_calibration(root, "law", calibration.id, "1" * 16, without=[gone]))
+        assert (bare.gate, bare.gate_trees, bare.follow_rule, bare.lambda_mode) == ("always", None, None, "fixed")
+        assert bare.protocol[field] == calibration.protocol[field][1:]
+        assert not (layout.calibration_folder(root, "law", bare.id) / GATE).exists()
+
+
+def test_what_is_practised_on_changes_what_the_calibration_is_called(built: BuildSettings, tmp_path: Path) -> None:
+    shutil.copytree(built.output, tmp_path / "stores")
+    store, calibration = opened(built)
+    store.close()
+    gone = calibration.protocol[PRACTICE_IDS][0]
+    with ledger_lock(tmp_path / "stores", "law") as ledger:
+        ledger.delete([gone])
+    settings = read_settings(CalibrateSettings, datastore=tmp_path / "stores" / "law", model="tiny")
+    made = calibrate_with(tiny_lm(), settings, Recorder())
+    assert made.id != calibration.id
+    assert gone not in made.protocol[PRACTICE_IDS]
 
 
 def test_the_calibrated_gate_is_what_a_source_gets_at_the_calibrated_settings_alone(built: BuildSettings) -> None:
@@ -105,8 +171,9 @@ def test_the_calibrated_gate_is_what_a_source_gets_at_the_calibrated_settings_al
         gated = with_gate(ruled, calibration, store.gate_trees, ("learned", None), "law")
         assert isinstance(gated.gate, LearnedGate)
         assert gated.gate.threshold == calibration.learned_threshold
-        by_default = with_gate(ruled, calibration, store.gate_trees, None, "law").gate
-        assert (by_default.mode, by_default.threshold) == (calibration.gate, calibration.gate_threshold)
+        assert with_gate(ruled, calibration, store.gate_trees, None, "law").gate is ALWAYS
+        every_third = calibration.model_copy(update={"gate": "every_n", "gate_threshold": 3.0})
+        assert with_gate(ruled, every_third, store.gate_trees, None, "law").gate == EveryN(3)
         other = replace(source, k=calibration.k + 1)
         assert with_gate(other, calibration, store.gate_trees, None, "law").gate is ALWAYS
         with pytest.raises(InvalidParameter, match="holds for the calibrated k and τ alone"):
@@ -265,17 +332,18 @@ def held_without_pointers(count: int, seed: int) -> Held:
     return Held.of(evidence, torch.zeros(count, 2), torch.arange(count) // 700)
 
 
-def test_where_nothing_can_be_followed_no_gate_is_fitted() -> None:
+def test_without_anything_to_follow_the_gate_learns_where_a_search_pays() -> None:
     to_fit, report = (held_without_pointers(n, seed) for n, seed in ((6000, 1), (2100, 2)))
+    assert [len(run) for run in report.runs] == 3 * [RUN_TOKENS, RUN_TOKENS, 700 - 2 * RUN_TOKENS]
     source = Source(_NoPointers(), 8, 1.0, 0.5)  # type: ignore[arg-type]
-    assert (
-        fit_gate(to_fit, explore_at_random(to_fit, source, seed=0), source, seed=0) is None
-    )  # nothing can be followed
-    assert [len(run) for run in report.runs] == [RUN_TOKENS] * 2 + [188] + [RUN_TOKENS] * 2 + [188] + [
-        RUN_TOKENS
-    ] * 2 + [188]
-    gates = settle_gates(to_fit, report, source, seed=0, budget_ms=None, reporter=Recorder())
-    assert (gates.mode, gates.threshold, gates.trees) == ("always", None, None)
+    gates = settle_gates(to_fit, report, source, num_practice=0, timed=None, seed=0, reporter=Recorder())
+    assert (gates.mode, gates.threshold, gates.follow_rule) == ("always", None, None)
+    learned = next(g for g in gates.reports if (g.gate, g.threshold) == ("learned", gates.learned_threshold))
+    assert learned.searched == pytest.approx(0.4, abs=0.05)  # where it pays, and nowhere else
+    assert learned.perplexity < 0.9 * gates.reports[0].perplexity
+    few = held_without_pointers(600, 3)
+    gates = settle_gates(few, report, source, num_practice=0, timed=None, seed=0, reporter=Recorder())
+    assert (gates.trees, gates.learned_threshold) == (None, None)
     assert {of_gate.gate for of_gate in gates.reports} == {"always", "every_n", "confidence"}
 
 
@@ -298,12 +366,12 @@ def _fitted() -> tuple[HistGradientBoostingRegressor, np.ndarray]:
     return HistGradientBoostingRegressor(max_iter=2).fit(inputs, inputs[:, 0]), inputs
 
 
-def _walked(searched: float) -> Walked:
+def _walked(searched: float, log_prob: float = 0.0) -> Walked:
     outcomes = (torch.arange(1000) < 1000 * searched).to(torch.int8)
-    return Walked(torch.zeros(1000, dtype=torch.float64), outcomes)
+    return Walked(torch.full((1000,), log_prob, dtype=torch.float64), outcomes)
 
 
-def test_a_walk_of_the_built_store_is_what_the_report_says(built: BuildSettings) -> None:
+def test_searching_everywhere_and_following_agree_where_both_search(built: BuildSettings) -> None:
     store, calibration = opened(built)
     with store:
         assert calibration.follow_rule is not None

@@ -533,7 +533,8 @@ def test_a_datastore_is_described(live_server: LiveServer, published: Published)
     assert law == listed["data"][0]
     calibration = law.pop("calibration")
     assert calibration.keys() == {
-        "id", "k", "temperature", "lambda", "lambda_mode", "lambda_modes", "gate", "gate_threshold", "helps",
+        "id", "k", "temperature", "lambda", "lambda_mode", "lambda_modes", "gate", "gate_threshold",
+        "learned_threshold", "helps",
         "report", "held_out_documents",
     }  # fmt: skip
     assert law.keys() == {

@@ -20,6 +20,8 @@ MAX_CALIBRATION_BYTES = 4 * 1024 * 1024
 MAX_BUCKETS = 1024
 MAX_LAYER_WIDTH = 64
 
+PRACTICE_IDS = "practice_documents"  # in `protocol`: documents of the store that rules and gate were fitted on, too
+
 LambdaModeName = Literal["fixed", "bucketed", "rrc", "learned"]
 GateModeName = Literal["always", "never", "every_n", "confidence", "automaton", "learned"]
 
@@ -140,7 +142,7 @@ class Calibration(BaseModel):
     gate: GateModeName = "always"
     gate_threshold: Annotated[float, Field(ge=0)] | None = None
     gate_trees: GateTrees | None = None
-    learned_threshold: Annotated[float, Field(ge=0)] | None = None
+    learned_threshold: Annotated[float, Field(ge=0, le=100)] | None = None
     protocol: dict[str, JsonValue]
     report: dict[str, JsonValue]
     helps: Annotated[bool, Field(strict=True)]
@@ -165,6 +167,7 @@ class Calibration(BaseModel):
             "lambda_mode": self.lambda_mode,
             "gate": self.gate,
             "gate_threshold": self.gate_threshold,
+            "learned_threshold": self.learned_threshold,
             "helps": self.helps,
         }
 

@@ -70,6 +70,9 @@ def read_trees(folder: Path, described: GateTrees) -> Trees:
     if len(content) != described.file_bytes or hashlib.sha256(content).hexdigest() != described.file_sha256:
         raise DatastoreCorrupt(f"{path} is not the file that the calibration names: its sha256 differs")
     try:
-        return Trees.of(load(content), len(described.features))
+        trees = Trees.of(load(content), len(described.features))
     except (SafetensorError, InvalidParameter, KeyError, TypeError, ValueError) as error:
         raise DatastoreCorrupt(f"{path}: {error}") from error
+    if len(trees.feature) != described.num_trees:
+        raise DatastoreCorrupt(f"{path} holds {len(trees.feature)} trees, the calibration says {described.num_trees}")
+    return trees

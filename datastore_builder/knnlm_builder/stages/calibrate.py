@@ -11,7 +11,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from knnlm_builder.progress import Reporter
-from knnlm_builder.stages.compare_gates import DEFAULT_SAVED, settle_gates
+from knnlm_builder.stages.compare_gates import DEFAULT_SAVED, TimedSearch, settle_gates
 from knnlm_builder.stages.compare_gates import VALIDATION_SHARE as GATE_VALIDATION_SHARE
 from knnlm_builder.stages.curve import Curve, lmbda_curves
 from knnlm_builder.stages.fit import (
@@ -40,7 +40,7 @@ from knnlm_builder.stages.plan import Plan, PlannedDocument
 from knnlm_builder.stages.practice import MAX_SHARE, Practice
 from knnlm_builder.stages.practice import MAX_TOKENS as PRACTICE_TOKENS
 from knnlm_builder.stages.walked import Held
-from knnlm_core.datastore.calibration import Calibration, LambdaModeName, calibration_id
+from knnlm_core.datastore.calibration import PRACTICE_IDS, Calibration, LambdaModeName, calibration_id
 from knnlm_core.datastore.gate_file import describe
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.knn.gates import GATE_FEATURES
@@ -107,8 +107,14 @@ def calibrate(
     for_fit = _fit_rows(queries, plan.held_out)
     to_fit, for_report = (evidence.take(rows.nonzero()[:, 0]) for rows in (for_fit, ~for_fit))
     chosen, fits = choose(to_fit)
-    rules_evidence = to_fit if practice is None else to_fit.joined(practice.evidence)
-    fitted_rules = fit_rules(rules_evidence, chosen, seed=seed)
+    to_fit = to_fit.nearest(chosen.k)
+    fit_held = Held.of(to_fit, queries.keys[for_fit], queries.documents[for_fit])
+    num_practice = 0
+    if practice is not None:
+        num_practice = len(practice.queries.keys)
+        practised = practice.evidence.nearest(chosen.k), practice.queries.keys, practice.queries.documents
+        fit_held = Held.of(*practised).joined(fit_held)
+    fitted_rules = fit_rules(fit_held.evidence, chosen, seed=seed)
     fitted = set(queries.documents[for_fit].tolist())
     nearest = for_report.nearest(chosen.k)
     lambdas: dict[LambdaModeName, Tensor] = {
@@ -121,14 +127,11 @@ def calibrate(
     reports = {name: measure(nearest, chosen.knn_temperature, lmbda, seed) for name, lmbda in lambdas.items()}
     rule = lambda_rule(fitted_rules.rules, LambdaMode(fitted_rules.mode), "")
     source = Source(datastore, chosen.k, chosen.knn_temperature, chosen.lmbda, lambda_rule=rule)
-    fit_held, report_held = (
-        Held.of(part.nearest(chosen.k), queries.keys[rows], queries.documents[rows])
-        for part, rows in ((to_fit, for_fit), (for_report, ~for_fit))
+    report_held = Held.of(nearest, queries.keys[~for_fit], queries.documents[~for_fit])
+    timed = None if budget_ms is None else TimedSearch(datastore, nprobe or None, budget_ms)
+    gates = settle_gates(
+        fit_held, report_held, source, num_practice=num_practice, timed=timed, seed=seed, reporter=reporter
     )
-    if practice is not None:
-        more = practice.evidence.nearest(chosen.k), practice.queries.keys, practice.queries.documents
-        fit_held = Held.of(*more).joined(fit_held)  # thresholds are chosen on what was held out
-    gates = settle_gates(fit_held, report_held, source, seed=seed, budget_ms=budget_ms, reporter=reporter)
     report = reports[fitted_rules.mode]
     if gates.mode != "always":
         report = report_of(nearest, gates.log_probs, seed)
@@ -162,8 +165,12 @@ def calibrate(
             "validation_share": GATE_VALIDATION_SHARE,
             "saves_by_default": DEFAULT_SAVED,
         },
-        "practice": {"max_tokens": PRACTICE_TOKENS, "max_share": MAX_SHARE} if practice is not None else None,
+        "practice": {"max_tokens": PRACTICE_TOKENS, "max_share": MAX_SHARE},
+        PRACTICE_IDS: [document.id for document in practice.documents] if practice is not None else [],
+        "practice_digests": [document.digest for document in practice.documents] if practice is not None else [],
         "latency_budget_ms": budget_ms,
+        # What was measured here and now is an input of the choice.
+        "cost_ms": gates.cost and {"search": gates.cost.search, "decision": gates.cost.decision},
         "bootstrap_block_tokens": BLOCK_TOKENS,
         "seed": seed,
     }
@@ -184,7 +191,7 @@ def calibrate(
         report={
             "tokens": report.tokens,
             "fit_tokens": int(for_fit.sum()),
-            "practice_tokens": len(practice.queries.keys) if practice is not None else 0,
+            "practice_tokens": num_practice,
             # Documents that no setting was fitted on, not even in part.
             "held_out_documents": [d.id for i, d in enumerate(plan.held_out) if i not in fitted],
             "base": {"nll_per_token": report.base_nll, "perplexity": report.base_perplexity},
@@ -217,7 +224,6 @@ def calibrate(
                 }
                 for of_gate in gates.reports
             ],
-            "cost_ms": gates.cost and {"search": gates.cost.search, "decision": gates.cost.decision},
         },
         helps=report.mixed_nll < report.base_nll,
     )

@@ -16,6 +16,7 @@ from knnlm_builder.stages.fit import Interval, bootstrap_gain
 from knnlm_builder.stages.fit_gate import GateFit, explore_at_random, fit_gate
 from knnlm_builder.stages.walked import Held, Walked, log_probs_of_search, walk
 from knnlm_core.datastore.calibration import FollowRule, GateModeName
+from knnlm_core.datastore.reader import Datastore
 from knnlm_core.errors import InvalidParameter
 from knnlm_core.knn.gates import ALWAYS, Automaton, Confidence, EveryN, Gate, LearnedGate
 from knnlm_core.retrieval import Source, ready_rule
@@ -25,7 +26,7 @@ PERIODS = (2, 3, 4, 6, 10)
 MIN_POINTERS = (1, 4, 16)
 SAVED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of searches at which confidence is looked at
 GAINS = (0.02, 0.04, 0.06, 0.08, 0.1, 0.13, 0.17, 0.25)  # nats
-VALIDATION_SHARE = 0.2  # of the tokens to fit on: thresholds are chosen on them, by trees fitted on the others
+VALIDATION_SHARE = 0.2  # of the tokens to fit on, where there is no practice: thresholds are chosen on them
 DEFAULT_SAVED = 0.5  # what the learned gate saves at least where a request gives no threshold
 _TIMED_SEARCHES = 32
 
@@ -64,7 +65,7 @@ def compare(
     held: Held, source: Source, gates: Sequence[Gate], fitted: GateFit | None, reporter: Reporter, title: str
 ) -> list[Candidate]:
     """Walk through the tokens once for each gate."""
-    if fitted is not None:
+    if fitted is not None and fitted.follow_rule is not None:
         source = replace(source, follow_rule=ready_rule(fitted.follow_rule, ""))
     held = held._replace(log_probs=log_probs_of_search(held.evidence, source))
     compared = []
@@ -82,6 +83,14 @@ def default_threshold(compared: Sequence[Candidate]) -> float:
     return float((saving[0] if saving else learned[-1]).gate.threshold or 0.0)
 
 
+class TimedSearch(NamedTuple):
+    """What a budget is measured on."""
+
+    datastore: Datastore
+    nprobe: int | None  # lists that serving will visit; None for an index without lists
+    budget_ms: float  # of retrieval per token
+
+
 class Cost(NamedTuple):
     """Milliseconds of one stream, measured here and now."""
 
@@ -89,18 +98,18 @@ class Cost(NamedTuple):
     decision: float  # of a gate that follows, pointers included
 
 
-def measure_cost(held: Held, source: Source, fitted: GateFit | None) -> Cost:
-    """Time single searches, and walks token by token."""
+def measure_cost(held: Held, timed: TimedSearch, source: Source, fitted: GateFit | None) -> Cost:
+    """Time single searches, and a walk token by token."""
     rows = torch.linspace(0, len(held.keys) - 1, min(_TIMED_SEARCHES, len(held.keys))).long().tolist()
     seconds = []
     for row in rows:
         begun = time.perf_counter()
-        source.datastore.search(held.keys[row : row + 1], source.k)
+        timed.datastore.search(held.keys[row : row + 1], source.k, nprobe=timed.nprobe)
         seconds.append(time.perf_counter() - begun)
     decision = 0.0
     if fitted is not None:
         longest = max(held.runs, key=len)
-        run = held.take(slice(longest.start, longest.stop))
+        run = held.take(slice(longest.start, longest.stop))._replace(log_probs=torch.zeros(len(longest)))
         begun = time.perf_counter()
         walk(run, replace(source, gate=LearnedGate(fitted.trees, GAINS[len(GAINS) // 2])))
         decision = 1000 * (time.perf_counter() - begun) / len(run.keys)
@@ -148,26 +157,40 @@ class Gates(NamedTuple):
 
 
 def settle_gates(
-    to_fit: Held, for_report: Held, source: Source, *, seed: int, budget_ms: float | None, reporter: Reporter
+    to_fit: Held,
+    for_report: Held,
+    source: Source,
+    *,
+    num_practice: int,
+    timed: TimedSearch | None,
+    seed: int,
+    reporter: Reporter,
 ) -> Gates:
     """Fit the learned gate, choose thresholds and the default gate, and report on all of them.
 
     Args:
         to_fit, for_report: tokens of different documents.
         source: the datastore with the settings that were chosen.
+        num_practice: how many of the tokens to fit on, the first ones, are of the store's own documents; thresholds
+            are chosen on the others alone, by trees that have not seen them.
+        timed: where a budget is to be kept to.
     Raises: InvalidParameter: no gate keeps to the budget.
     """
-    train, validation = to_fit.split(VALIDATION_SHARE)
+    count = len(to_fit.keys)
+    if num_practice:
+        train, validation = slice(0, num_practice), slice(num_practice, count)
+    else:
+        train, validation = to_fit.split(VALIDATION_SHARE)
     with reporter.stage("Fit the gate", len(to_fit.keys), "tokens") as advance:
         walks = explore_at_random(to_fit, source, seed=seed)
         on_train = fit_gate(to_fit.take(train), [some.take(train) for some in walks], source, seed=seed)
         fitted = fit_gate(to_fit, walks, source, seed=seed) if on_train is not None else None
         advance(len(to_fit.keys))
     held = to_fit.take(validation)
-    cost = measure_cost(held, source, on_train) if budget_ms is not None else None
+    cost = measure_cost(held, timed, source, on_train) if timed is not None else None
     confidences = to_fit.evidence.signals.max_log_prob
     tried = compare(held, source, candidates(confidences, on_train), on_train, reporter, "Choose a gate")
-    chosen = tried[0] if budget_ms is None or cost is None else _cheapest_best(tried, budget_ms, cost)
+    chosen = tried[0] if timed is None or cost is None else _best_within(tried, timed.budget_ms, cost)
     compared = compare(for_report, source, candidates(confidences, fitted), fitted, reporter, "Compare gates")
     (settled,) = [c for c in compared if (c.mode, c.gate.threshold) == (chosen.mode, chosen.gate.threshold)]
     return Gates(
@@ -182,7 +205,7 @@ def settle_gates(
     )
 
 
-def _cheapest_best(tried: Sequence[Candidate], budget_ms: float, cost: Cost) -> Candidate:
+def _best_within(tried: Sequence[Candidate], budget_ms: float, cost: Cost) -> Candidate:
     """The gate with the lowest NLL among those that keep to a budget of retrieval per token."""
     costs = [c.walked.searched * cost.search + c.gate.follows * cost.decision for c in tried]
     within = [candidate for candidate, ms in zip(tried, costs, strict=True) if ms <= budget_ms]

@@ -38,7 +38,7 @@ _LARGEST_DIFFERENCE = 1e-6  # nats, between the trees that were fitted and those
 class GateFit(NamedTuple):
     """What serving needs to follow and to decide."""
 
-    follow_rule: FollowRule
+    follow_rule: FollowRule | None  # None where too few tokens had anything to follow
     trees: Trees
 
 
@@ -60,9 +60,8 @@ def fit_gate(held: Held, walks: Sequence[Pointers], source: Source, *, seed: int
     if not walks:
         return None
     rule = _fit_following(held.evidence, walks[len(walks) // 2].neighbors, source, seed)
-    if rule is None:
-        return None
-    source = replace(source, follow_rule=ready_rule(rule, ""))
+    if rule is not None:
+        source = replace(source, follow_rule=ready_rule(rule, ""))
     searched = log_probs_of_search(held.evidence, source)
     features = [gate_features(held.evidence.signals, pointers) for pointers in walks]
     gains = [searched - log_probs_of_fallback(held.evidence, pointers.neighbors, source) for pointers in walks]

@@ -17,7 +17,7 @@ import torch
 from knnlm_builder.progress import Reporter
 from knnlm_builder.stages.fit import Evidence
 from knnlm_builder.stages.held_out import SEARCH_ROWS, Queries, encode_held_out
-from knnlm_builder.stages.plan import Plan, plan_documents
+from knnlm_builder.stages.plan import TAIL_SUFFIX, Plan, PlannedDocument, plan_documents
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.lm.protocol import CausalLM
 from knnlm_core.lm.tokenizer import Tokenizer
@@ -32,6 +32,7 @@ MAX_DOCUMENT_SHARE = 0.2  # a store without one of its larger documents is anoth
 class Practice(NamedTuple):
     """What the LM and a search know of some of the store's own tokens."""
 
+    documents: Sequence[PlannedDocument]
     queries: Queries
     evidence: Evidence
 
@@ -71,7 +72,7 @@ def gather_practice(
             advance(len(rows))
     neighbors = Neighbors(*(torch.cat(column) for column in zip(*parts, strict=True)))
     evidence = Evidence(queries.base, neighbors, queries.targets, queries.blocks, queries.signals)
-    return Practice(queries, evidence)
+    return Practice(documents, queries, evidence)
 
 
 def _search(datastore: Datastore, queries: Queries, own: Sequence[EntryRange], k: int, nprobe: int) -> Neighbors:
@@ -104,7 +105,10 @@ def _plan(datastore: Datastore, tokenizer: Tokenizer, folder: Path, dead: Collec
     budget = min(MAX_TOKENS, int(MAX_SHARE * datastore.entries))
     largest = min(budget, int(MAX_DOCUMENT_SHARE * datastore.entries))
     drawn, tokens = [], 0
-    for document_id in sorted(set(datastore.document_ids()) - set(dead), key=lambda id_: _draw(id_, seed)):
+    # A document whose end was held out may be reported on.
+    held_out = {document.id.removesuffix(TAIL_SUFFIX) for document in datastore.held_out_documents()}
+    offered = set(datastore.document_ids()) - set(dead) - held_out
+    for document_id in sorted(offered, key=lambda id_: _draw(id_, seed)):
         first, stop = datastore.document_entries(document_id)
         if tokens + (stop - first) <= budget and stop - first <= largest:
             drawn.append(document_id)

@@ -29,6 +29,8 @@ from knnlm_server.engine.window_work import Searches
 
 # Many rows at once are searched much faster than few: they wait for each other, up to this many.
 ROWS_AT_ONCE = 8192
+# Where gates follow, rows are walked over one by one, up to a millisecond each, and nothing else runs meanwhile.
+ROWS_WHILE_WALKING = 1024
 
 TokenIds = Sequence[int] | NDArray[np.int32]
 
@@ -155,7 +157,8 @@ class ScoreRequest:
         Raises: KnnlmError: a datastore could not be searched.
         """
         self.encode(lm, self.take(token_budget))
-        enough = self.retrieval is None or sum(len(part.targets) for part in self._encoded) >= ROWS_AT_ONCE
+        wanted = ROWS_WHILE_WALKING if start_walks(self.retrieval) else ROWS_AT_ONCE
+        enough = self.retrieval is None or sum(len(part.targets) for part in self._encoded) >= wanted
         return self.mix() if enough or self._queue.is_empty else Searches(0, 0, 0)
 
     def take(self, token_budget: int) -> list[WindowOfText]:

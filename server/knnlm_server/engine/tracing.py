@@ -54,7 +54,7 @@ def trace_rows(
                 searched=bool(one.searched),
                 followed=bool(one.followed),
                 decision=retrieval.gate_name if retrieval else "base",
-                gate_score=_of_only(one.gates.scores),
+                gate_score=_of_only(one.gates.scores[0]),
                 gate_threshold=retrieval.only.gate.threshold if retrieval and len(retrieval.sources) == 1 else None,
                 num_pointers=int(one.gates.pointers.sum()),
                 lmbda=one.lmbda.item(),
@@ -86,8 +86,7 @@ def rows_of(found: Found, rows: Tensor | slice) -> Found:
 
 def _of_only(scores: Tensor) -> float | None:
     """What the gate of the one row held against its threshold; None for gates without one, and of several sources."""
-    given = [score for score in scores[0].tolist() if not math.isnan(score)]
-    return given[0] if len(given) == 1 else None
+    return None if len(scores) > 1 or math.isnan(scores[0].item()) else scores[0].item()
 
 
 def ranked(found: Found, fusion: Fusion) -> Tensor:

@@ -10,7 +10,9 @@ from pydantic import JsonValue
 
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.calibration import (
+    PRACTICE_IDS,
     Calibration,
+    LambdaRules,
     calibration_id,
     read_calibration,
     read_gate_trees,
@@ -24,6 +26,7 @@ from knnlm_core.datastore.reader import Datastore
 TAIL_SUFFIX = "#tail"  # of the id of a document's end, where that was held out and the rest was not
 COPIED_FROM = "copied_from"
 HELD_OUT_IDS, _HELD_OUT_DIGESTS = "held_out_documents", "held_out_digests"  # in `protocol` and `report`
+_PRACTICE_DIGESTS = "practice_digests"
 
 
 def whole_document(document_id: str) -> str:
@@ -61,39 +64,52 @@ def canaries_to_keep(store: Datastore, keep: Keep) -> Canaries | None:
 def copy_calibration(root: Path, name: str, calibration: str, version: str, *, without: Collection[str] = ()) -> str:
     """Give a rewritten version the calibration of the one that it was made from; returns the copy's id.
 
+    Rules for λ and the gate go with the documents that they were fitted on: they are many numbers. Then the single λ
+    holds, and every token is searched, until `knnlm calibrate` fits them anew.
+
     Args:     without: documents that it must not name any more.
     """
     old = read_calibration(root, name, calibration)
     protocol = {**_not_naming(old.protocol, without), COPIED_FROM: calibration}
-    new = Calibration(
-        id=calibration_id(version, protocol),
-        datastore_version=version,
-        k=old.k,
-        knn_temperature=old.knn_temperature,
-        lmbda=old.lmbda,
-        lambda_mode=old.lambda_mode,
-        lambda_rules=old.lambda_rules,
-        follow_rule=old.follow_rule,
-        gate=old.gate,
-        gate_threshold=old.gate_threshold,
-        gate_trees=old.gate_trees,
-        learned_threshold=old.learned_threshold,
-        protocol=protocol,
-        report=_not_naming(old.report, without),
-        helps=old.helps,
-    )
-    write_calibration(root, name, new, read_gate_trees(root, name, old))
+    changes: dict[str, object] = {
+        "id": calibration_id(version, protocol),
+        "datastore_version": version,
+        "protocol": protocol,
+        "report": _not_naming(old.report, without),
+    }
+    trees = read_gate_trees(root, name, old)
+    fitted_on = {whole_document(id_) for field in (HELD_OUT_IDS, PRACTICE_IDS) for id_ in _listed(old.protocol, field)}
+    if not fitted_on.isdisjoint(without):
+        trees = None
+        changes |= {
+            "lambda_mode": "fixed",
+            "lambda_rules": LambdaRules(),
+            "follow_rule": None,
+            "gate": "always",
+            "gate_threshold": None,
+            "gate_trees": None,
+            "learned_threshold": None,
+        }
+    new = Calibration.model_validate({**dict(old), **changes})
+    write_calibration(root, name, new, trees)
     return new.id
 
 
+def _listed(content: Mapping[str, JsonValue], field: str) -> list[str]:
+    ids = content.get(field)
+    return [id_ for id_ in ids if isinstance(id_, str)] if isinstance(ids, list) else []
+
+
 def _not_naming(content: Mapping[str, JsonValue], without: Collection[str]) -> dict[str, JsonValue]:
-    """The same without the ids of some held-out documents, and without the digests that stand beside them."""
-    ids, digests = content.get(HELD_OUT_IDS), content.get(_HELD_OUT_DIGESTS)
-    if not without or not isinstance(ids, list):
-        return dict(content)
-    stays = [not (isinstance(held_out, str) and whole_document(held_out) in without) for held_out in ids]
+    """The same without the ids of some documents, and without the digests that stand beside them."""
     changed = dict(content)
-    for field, values in ((HELD_OUT_IDS, ids), (_HELD_OUT_DIGESTS, digests)):
-        if isinstance(values, list) and len(values) == len(stays):
-            changed[field] = [value for value, kept in zip(values, stays, strict=True) if kept]
+    for field, digests in ((HELD_OUT_IDS, _HELD_OUT_DIGESTS), (PRACTICE_IDS, _PRACTICE_DIGESTS)):
+        ids = content.get(field)
+        if not without or not isinstance(ids, list):
+            continue
+        stays = [not (isinstance(id_, str) and whole_document(id_) in without) for id_ in ids]
+        for listed in (field, digests):
+            values = content.get(listed)
+            if isinstance(values, list) and len(values) == len(stays):
+                changed[listed] = [value for value, kept in zip(values, stays, strict=True) if kept]
     return changed

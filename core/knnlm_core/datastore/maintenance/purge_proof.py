@@ -19,7 +19,7 @@ import numpy as np
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.arrays import KeyArray
 from knnlm_core.datastore.batch_search import IvfLists, Lists, WholeIndex
-from knnlm_core.datastore.calibration import read_calibration
+from knnlm_core.datastore.calibration import PRACTICE_IDS, read_calibration
 from knnlm_core.datastore.canaries import canaries_of
 from knnlm_core.datastore.documents import read_documents
 from knnlm_core.datastore.index import map_index
@@ -211,10 +211,12 @@ class _Prover:
     def _calibration(self, calibration: str) -> None:
         path = layout.calibration_folder(self._root, self._name, calibration) / layout.CALIBRATION
         content = read_calibration(self._root, self._name, calibration)
-        named = [part.get(HELD_OUT_IDS) for part in (content.protocol, content.report)]
+        named = [
+            part.get(field) for part in (content.protocol, content.report) for field in (HELD_OUT_IDS, PRACTICE_IDS)
+        ]
         ids = [held_out for listed in named if isinstance(listed, list) for held_out in listed]
         self._searches.append(
-            Search(self._relative(path), "held-out documents", sum(self._traces.are_of(str(id_)) for id_ in ids), 0)
+            Search(self._relative(path), "documents fitted on", sum(self._traces.are_of(str(id_)) for id_ in ids), 0)
         )
 
     def _note(self, path: Path, sought: str, found: int, shared: int) -> None:

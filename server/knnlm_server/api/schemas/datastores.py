@@ -54,6 +54,9 @@ class CalibrationReport(BaseModel):
     lambda_modes: list[LambdaModeName] = Field(description="Those that `knn.lambda_mode` may name.")
     gate: GateModeName = Field(description="When the datastore is searched where a request does not say.")
     gate_threshold: float | None = Field(ge=0, description="Of that gate; null for gates without one.")
+    learned_threshold: float | None = Field(
+        ge=0, description="Of the gate `learned` where a request gives none; null where there is no such gate."
+    )
     helps: bool = Field(description="Whether the mixture beat the base LM.")
     report: dict[str, JsonValue]
     held_out_documents: list[str] | None
