@@ -28,6 +28,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,8 +207,30 @@ def score(lm: HuggingFaceLM, store: Datastore, texts: Rows) -> dict[str, Any]:
         "texts": len(texts),
         "calibrated": calibration.settings(),
         "best": best,
+        "claims": claims(rows, best),
         "rows": rows,
     }
+
+
+def claims(rows: Rows, best: str) -> dict[str, Any]:
+    """For each gate and share of searches saved: the first setting that saves so much, and what it costs.
+
+    Args:   best: the way with every search and the lowest perplexity.
+    """
+    by_name = {row["name"]: row for row in rows}
+    found: dict[str, Any] = {}
+    for share in CLAIMED_SAVINGS:
+        for gate in ("every_n", "confidence", "automaton", "learned"):
+            enough = [row for row in rows if row["name"].startswith(f"{gate} ") and row["saved"] >= share]
+            if enough:
+                row = min(enough, key=itemgetter("saved"))
+                found[f"{gate}, at least {share:.0%} saved"] = {
+                    "setting": row["name"],
+                    "saved": row["saved"],
+                    "over all searches": row["perplexity"] / by_name[best]["perplexity"] - 1,
+                    "over one λ, all searches": row["perplexity"] / by_name["λ fixed"]["perplexity"] - 1,
+                }
+    return found
 
 
 def change(values: torch.Tensor, against: torch.Tensor, blocks: torch.Tensor) -> dict[str, float]:
