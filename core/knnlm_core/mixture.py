@@ -60,13 +60,6 @@ class MixedRows(NamedTuple):
     found: Found
 
 
-class MixedTargets(NamedTuple):
-    """`MixedRows` for one known token per row."""
-
-    log_probs: Tensor  # (B,) float32
-    found: Found
-
-
 class Use(NamedTuple):
     """A source, and the rows that use it as their number ``slot``."""
 
@@ -303,31 +296,19 @@ def mix_found(lm_log_probs: Tensor, found: Found) -> MixedRows:
     return MixedRows(interpolate(lm_log_probs, sparse, found.lmbda.float()), found)
 
 
-def mix_targets(
-    lm_log_probs: Tensor,
-    keys: Tensor,
-    targets: Tensor,
-    retrievals: Sequence[Retrieval | None],
-    context: Context | None = None,
-) -> MixedTargets:
-    """The mixture's log-probability of one known token per row, as scoring needs it.
+def mix_targets(lm_log_probs: Tensor, targets: Tensor, found: Found) -> Tensor:
+    """The mixture's log-probability of one known token per row, as scoring needs it: (B,) float32.
 
     Args:
         lm_log_probs: (B,) float32, the LM's log-probability of each target.
-        keys: (B, D) float32.
         targets: (B,) int64.
-        context: as in `find`.
+        found: for the same rows.
     Raises: KnnlmError: a datastore could not be searched.
     """
-    return mix_found_targets(lm_log_probs, targets, find(keys, retrievals, context))
-
-
-def mix_found_targets(lm_log_probs: Tensor, targets: Tensor, found: Found) -> MixedTargets:
-    """`mix_targets` with what was found already."""
     for error in found.failures.values():
         raise error
     knn = target_log_mass(found.neighbors.values, found.log_weights, targets)
-    return MixedTargets(interpolate_targets(lm_log_probs, knn, found.lmbda.float()), found)
+    return interpolate_targets(lm_log_probs, knn, found.lmbda.float())
 
 
 def start_walks(retrieval: Retrieval | None) -> Walks:

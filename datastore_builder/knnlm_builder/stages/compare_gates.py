@@ -116,7 +116,7 @@ def measure_cost(held: Held, timed: TimedSearch, source: Source, fitted: GateFit
     return Cost(1000 * float(torch.tensor(seconds).median()), decision)
 
 
-class GateReport(NamedTuple):
+class GateOutcome(NamedTuple):
     """How a gate does on tokens that nothing was fitted to or chosen on."""
 
     gate: GateModeName
@@ -127,11 +127,11 @@ class GateReport(NamedTuple):
     loss: Interval  # of perplexity against `always`; negative gains are losses
 
 
-def report_on(compared: Sequence[Candidate], blocks: Tensor, seed: int) -> list[GateReport]:
+def report_on(compared: Sequence[Candidate], blocks: Tensor, seed: int) -> list[GateOutcome]:
     """Each gate against `always`, the first of them, on the same tokens."""
     always = compared[0].walked.log_probs
     return [
-        GateReport(
+        GateOutcome(
             candidate.mode,
             candidate.gate.threshold,
             math.exp(candidate.nll),
@@ -152,7 +152,7 @@ class Gates(NamedTuple):
     mode: GateModeName
     threshold: float | None
     log_probs: Tensor  # (N,) of the tokens to report on, under that gate
-    reports: list[GateReport]
+    reports: list[GateOutcome]
     cost: Cost | None  # measured only where a budget is given
 
 

@@ -42,10 +42,10 @@ def draw(folder: Path, curves: Sequence[Curve], calibration: Calibration, report
     try:
         from matplotlib.figure import Figure  # an extra: builds do without
     except ImportError:
-        reporter.say(f"{CURVE} is not drawn: matplotlib is not installed (pip install 'knnlm[plot]')")
+        _say_not_drawn(reporter, "matplotlib is not installed (pip install 'knnlm[plot]')")
         return
     except OSError as error:  # it wants a folder of its own to write to
-        reporter.say(f"{CURVE} is not drawn: matplotlib does not start: {error}")
+        _say_not_drawn(reporter, f"matplotlib does not start: {error}")
         return
     for name, draw_on in ((CURVE, partial(_draw_lambdas, curves=curves)), (GATES, _draw_gates)):
         figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -53,6 +53,11 @@ def draw(folder: Path, curves: Sequence[Curve], calibration: Calibration, report
         draw_on(axes, calibration=calibration)
         axes.legend(frameon=False, fontsize=8)
         figure.savefig(folder / name, dpi=144, metadata={"Software": None})
+
+
+def _say_not_drawn(reporter: Reporter, why: str) -> None:
+    for name in (CURVE, GATES):
+        reporter.say(f"{name} is not drawn: {why}")
 
 
 def _draw_lambdas(axes: Any, *, curves: Sequence[Curve], calibration: Calibration) -> None:

@@ -93,7 +93,10 @@ def as_trees(model: HistGradientBoostingRegressor, inputs: np.ndarray) -> Trees:
     Args:   inputs: (N, F), what they were fitted to.
     Raises: BuildError: the two differ; this release of scikit-learn keeps its trees in another way.
     """
-    fitted = [predictor.nodes for (predictor,) in model._predictors]
+    try:
+        fitted, baseline = [predictor.nodes for (predictor,) in model._predictors], model._baseline_prediction
+    except AttributeError as error:
+        raise BuildError(f"this release of scikit-learn is not supported: {error}") from error
     width = max(len(nodes) for nodes in fitted)
     shape = len(fitted), width
     own = np.broadcast_to(np.arange(width), shape)
@@ -107,7 +110,7 @@ def as_trees(model: HistGradientBoostingRegressor, inputs: np.ndarray) -> Trees:
         value[tree, : len(nodes)] = nodes["value"]
     arrays = {
         "feature": feature, "threshold": threshold, "left": left, "right": right, "value": value,
-        "baseline": np.ravel(model._baseline_prediction).astype(np.float64),
+        "baseline": np.ravel(baseline).astype(np.float64),
     }  # fmt: skip
     trees = Trees.of(arrays, inputs.shape[1])
     difference = float(np.abs(trees.predict(inputs) - model.predict(inputs)).max())

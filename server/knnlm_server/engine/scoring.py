@@ -18,7 +18,7 @@ from knnlm_core.errors import KnnlmError
 from knnlm_core.knn.gates import Context, join_contexts
 from knnlm_core.lm.head import log_probs_of_targets, targets_and_signals
 from knnlm_core.lm.protocol import CausalLM
-from knnlm_core.mixture import Found, find, mix_found_targets, start_walks
+from knnlm_core.mixture import Found, find, mix_targets, start_walks
 from knnlm_core.replay import Run, replay
 from knnlm_core.retrieval import NEIGHBORS_AT_ONCE, Retrieval
 from knnlm_core.types import EntryRange
@@ -238,7 +238,7 @@ def _mix(
         here = slice(start, start + step)
         known = context.take(here) if context is not None else None
         found = _find(keys[here], targets[here], owners[here], known)
-        log_probs, _ = mix_found_targets(base[here], targets[here], found)
+        log_probs = mix_targets(base[here], targets[here], found)
         outcomes = torch.where(found.searched, SEARCHED, torch.where(found.followed, FOLLOWED, SKIPPED))
         parts.append((log_probs, found.lmbda, outcomes.to(torch.int8)))
         if attributed:

@@ -18,7 +18,7 @@ from knnlm_core.datastore.reader import Datastore
 from knnlm_core.errors import InvalidParameter
 from knnlm_core.knn.gates import GATE_FEATURES, MAX_POINTERS, Automaton, Context, Gate, LearnedGate
 from knnlm_core.knn.lambdas import Bucketed
-from knnlm_core.mixture import advance_walks, find, mix_found_targets, start_walks
+from knnlm_core.mixture import advance_walks, find, mix_targets, start_walks
 from knnlm_core.replay import Run, replay
 from knnlm_core.retrieval import Retrieval, Source
 from knnlm_core.signals import lm_signals
@@ -161,7 +161,7 @@ def test_stepping_is_the_slow_walk_token_by_token(store, seed, gate, k, exclude)
         row = slice(t, t + 1)
         context = Context(lm_signals(lm[row]), torch.tensor([t + 1]))
         found = find(keys[row], [retrieval], context, [walks])
-        mixed = mix_found_targets(lm[row, token], torch.tensor([token]), found).log_probs
+        mixed = mix_targets(lm[row, token], torch.tensor([token]), found)
         assert found.outcomes.tolist() == [[outcome]]
         assert [i for i in found.neighbors.entry_ids[0].tolist() if i >= 0] == used
         assert mixed.item() == pytest.approx(log_p, abs=1e-5)
@@ -185,7 +185,7 @@ def test_a_replay_of_several_texts_is_what_stepping_through_each_gives(store, se
         for t, token in enumerate(tokens):
             row = slice(t, t + 1)
             found = find(keys[row], [retrieval], Context(lm_signals(lm[row]), torch.tensor([t + 1])), [walks])
-            mixed = mix_found_targets(lm[row, token], torch.tensor([token]), found).log_probs
+            mixed = mix_targets(lm[row, token], torch.tensor([token]), found)
             scores = found.gates.scores.nan_to_num().item(), found.gates.pointers.item(), found.lmbda.item()
             stepped.append((found.outcomes.item(), mixed.item(), *scores))
             (walks,) = advance_walks([walks], [retrieval], found, [0], [token])
@@ -198,7 +198,7 @@ def test_a_replay_of_several_texts_is_what_stepping_through_each_gives(store, se
     retrievals = [case[0] for case in cases for _ in case[3]]
     replayed = replay(keys, tokens, retrievals, Context(lm_signals(lm), positions), runs)
     found = replayed.found
-    mixed = mix_found_targets(lm.gather(1, tokens[:, None])[:, 0], tokens, found).log_probs
+    mixed = mix_targets(lm.gather(1, tokens[:, None])[:, 0], tokens, found)
     assert [walks[0].pointers.tolist() for walks in replayed.walks] == after
     columns = (
         found.outcomes[:, 0],

@@ -180,7 +180,7 @@ def test_a_mixture_of_stores_equals_the_dense_float64_formula(step) -> None:
     lm, keys, rows, context = step
     mixed, found = mix_rows(lm, keys, rows, context.positions)
     targets = torch.arange(len(rows)) % VOCAB
-    of_target = mix_targets(lm[range(len(rows)), targets], keys, targets, rows, context).log_probs
+    of_target = mix_targets(lm[range(len(rows)), targets], targets, find(keys, rows, context))
     for row, retrieval in enumerate(rows):
         p_lm, position = lm[row].double().exp().numpy(), int(context.positions[row])
         need = expected(p_lm.copy(), keys[row].double().numpy(), retrieval, position)
@@ -346,7 +346,7 @@ def test_a_store_that_fails_takes_only_its_own_rows_along() -> None:
     assert found.failures.keys() == {0, 3}
     torch.testing.assert_close(mixed[1:3], mix_rows(lm[1:3], keys[1:3], rows[1:3]).log_probs, atol=1e-6, rtol=1e-6)
     with pytest.raises(DatastoreCorrupt, match="fell over"):
-        mix_targets(lm[:, 0], keys, torch.zeros(4, dtype=torch.long), rows)
+        mix_targets(lm[:, 0], torch.zeros(4, dtype=torch.long), find(keys, rows))
     with pytest.raises(DatastoreCorrupt, match="fell over"):
         source_log_probs(keys, torch.zeros(4, dtype=torch.long), bad)
 
