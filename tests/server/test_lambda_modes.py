@@ -117,7 +117,7 @@ def test_what_a_request_leaves_open_the_calibration_decides(server: LiveServer) 
     [
         (LAW, {"lambda_mode": "best"}, "must be one of fixed, bucketed, rrc, learned, got 'best'"),
         (LAW, {"lambda_mode": "rrc", "lambda": 0.5}, "must be fixed where `knn.lambda` is given, got 'rrc'"),
-        (LAW, {"lambda_mode": "rrc", "k": 5}, "holds for the calibrated k and τ alone, got k 5 and τ 15"),
+        (LAW, {"lambda_mode": "rrc", "k": 5}, "holds for the calibrated k and τ alone, k 4 and τ 15, got k 5 and τ 15"),
         ("tiny-lm@news", {"lambda_mode": "learned"}, "the calibration of datastore 'news' has (fixed), got 'learned'"),
     ],
 )
