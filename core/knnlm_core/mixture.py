@@ -164,9 +164,10 @@ def gate_rows(keys: Tensor, retrieving: Retrieving, context: Context | None, wal
                 except KnnlmError as error:
                     failures.update(dict.fromkeys(rows, error))
                     continue
-                decisions, outcomes[index, slot] = asked.decisions, asked.outcomes
+                decisions, done = asked.decisions, asked.outcomes
+                outcomes[index, slot] = done
                 pointers[index, slot] = asked.pointers.counts
-                if bool((follow := asked.outcomes == FOLLOWED).any()):
+                if bool((follow := done == FOLLOWED).any()):
                     near = Neighbors(*(column[follow] for column in asked.pointers.neighbors))
                     uses.append(Use(slot, source, index[follow].tolist(), near))
             scores[index, slot] = decisions.scores
@@ -210,23 +211,24 @@ def search_uses(
         start = 0
         for use in group:
             stop = start + len(use.rows)
-            put(Neighbors(*(column[start:stop, : use.source.k] for column in found)), use, blocks, widths, batch)
+            _put(Neighbors(*(column[start:stop, : use.source.k] for column in found)), use, blocks, widths, batch)
             start = stop
     for use in uses:
         if use.pointers is not None:
-            put(use.pointers, use, blocks, widths, batch)
-    return [block or _no_neighbors(batch, k, keys.device) for block, k in zip(blocks, widths, strict=True)], failures
+            _put(use.pointers, use, blocks, widths, batch)
+    return [block or no_neighbors(batch, k, keys.device) for block, k in zip(blocks, widths, strict=True)], failures
 
 
-def put(found: Neighbors, use: Use, blocks: list[Neighbors | None], widths: Sequence[int], batch: int) -> None:
+def _put(found: Neighbors, use: Use, blocks: list[Neighbors | None], widths: Sequence[int], batch: int) -> None:
     """Write the neighbours of a use's rows into the block of its slot."""
-    block = blocks[use.slot] or _no_neighbors(batch, widths[use.slot], found.entry_ids.device)
+    block = blocks[use.slot] or no_neighbors(batch, widths[use.slot], found.entry_ids.device)
     blocks[use.slot] = block
     for into, column in zip(block, found, strict=True):
         into[use.rows, : column.shape[1]] = column
 
 
-def _no_neighbors(batch: int, width: int, device: torch.device) -> Neighbors:
+def no_neighbors(batch: int, width: int, device: torch.device) -> Neighbors:
+    """(batch, width) of them, all missing."""
     return Neighbors(
         torch.full((batch, width), -1, dtype=torch.int64, device=device),
         torch.full((batch, width), math.inf, device=device),

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from knnlm_core.knn.gates import HISTORY_FEATURES, MAX_POINTERS, Context, Pointers
-from knnlm_core.mixture import Found, Gated, Use, assemble, by_retrieval, gate_rows, search_uses
+from knnlm_core.mixture import Found, Gated, Use, assemble, by_retrieval, gate_rows, no_neighbors, search_uses
 from knnlm_core.retrieval import Retrieval, Source
 from knnlm_core.types import Neighbors
 from knnlm_core.walks import FOLLOWED, SEARCHED, SKIPPED, Walk, Walks, advance, ask
@@ -45,7 +45,7 @@ def replay(
     context: Context | None,
     runs: Sequence[Run],
 ) -> Replayed:
-    """`find` for the rows of some sequences whose tokens are known.
+    """`find` for the rows of some sequences whose tokens are known; the same where no gate follows.
 
     Args:
         keys: (B, D) float32.
@@ -66,7 +66,8 @@ def replay(
     blocks, failures = search_uses(keys, [*gated.uses, *following], len(keys), slots=gated.outcomes.shape[1])
     for error in failures.values():
         raise error
-    blocks = [_widened(block) for block in blocks]
+    for slot in {use.slot for use in following}:
+        blocks[slot] = _widened(blocks[slot], MAX_POINTERS)
     walks = [list(run.walks) for run in runs]
     uses = list(gated.uses)
     for use in following:
@@ -111,12 +112,11 @@ def follow(
     Raises: KnnlmError: the datastore could not be read.
     """
     device, batch = keys.device, len(keys)
-    columns = zip(searched, _MISSING, strict=True)
     trail = Trail(
         torch.full((batch,), SKIPPED, dtype=torch.int8, device=device),
         torch.full((batch,), math.nan, device=device),
         Pointers(
-            Neighbors(*(torch.full((batch, MAX_POINTERS), fill, dtype=c.dtype, device=device) for c, fill in columns)),
+            no_neighbors(batch, MAX_POINTERS, device),
             torch.full((batch, MAX_POINTERS), -math.inf, device=device),
             torch.zeros((batch, len(HISTORY_FEATURES)), dtype=torch.float64, device=device),
         ),
@@ -137,22 +137,20 @@ def follow(
             into[rows, :width] = column
         trail.pointers.log_weights[rows, :width] = pointers.log_weights
         trail.pointers.history[rows] = pointers.history
-        used = Neighbors(*(column[rows, : source.k] for column in searched))
-        used = _replaced(used, outcomes != SEARCHED, pointers.neighbors)
+        used = _widened(Neighbors(*(column[rows, : source.k] for column in searched)), width)
+        other = (outcomes != SEARCHED).nonzero()[:, 0]
+        _overwrite(used, other, Neighbors(*(column[other] for column in pointers.neighbors)))
         moved = advance(walks, outcomes.tolist(), used, [tokens[n] for n in numbers], source.datastore)
         for i, walk in zip(active, moved, strict=True):
             trail.walks[i] = walk
     return trail
 
 
-def _replaced(found: Neighbors, rows: Tensor, by: Neighbors) -> Neighbors:
-    """The same, with other neighbours in some rows (B,) bool; what is replaced is changed in place."""
-    found = _widened(found, by.entry_ids.shape[1])
-    width = by.entry_ids.shape[1]
-    for into, column, missing in zip(found, by, _MISSING, strict=True):
-        into[rows] = missing
-        into[rows, :width] = column[rows]
-    return found
+def _overwrite(block: Neighbors, rows: Tensor, by: Neighbors) -> None:
+    """Put the neighbours (R, P) in place of whatever some rows (R,) of a block hold."""
+    for column, near, missing in zip(block, by, _MISSING, strict=True):
+        column[rows] = missing
+        column[rows, : near.shape[1]] = near
 
 
 def _side_by_side(runs: Sequence[Run], members: Sequence[int]) -> list[range]:
@@ -168,9 +166,7 @@ def _put_trail(trail: Trail, use: Use, gated: Gated, block: Neighbors) -> list[U
     gated.report.scores[rows, use.slot] = trail.scores
     gated.report.pointers[rows, use.slot] = trail.pointers.counts
     changed = outcomes != SEARCHED
-    for column, pointers, missing in zip(block, trail.pointers.neighbors, _MISSING, strict=True):
-        column[rows[changed]] = missing
-        column[rows[changed], :MAX_POINTERS] = pointers[changed]
+    _overwrite(block, rows[changed], Neighbors(*(column[changed] for column in trail.pointers.neighbors)))
     parts = []
     if searched := rows[~changed].tolist():
         parts.append(use._replace(rows=searched))
@@ -183,7 +179,7 @@ def _put_trail(trail: Trail, use: Use, gated: Gated, block: Neighbors) -> list[U
 _MISSING = (-1, math.inf, -1)  # id, distance and value where there is no neighbour
 
 
-def _widened(block: Neighbors, width: int = MAX_POINTERS) -> Neighbors:
+def _widened(block: Neighbors, width: int) -> Neighbors:
     """With room for pointers."""
     missing = width - block.entry_ids.shape[1]
     if missing <= 0:

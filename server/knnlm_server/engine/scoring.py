@@ -18,7 +18,7 @@ from knnlm_core.errors import KnnlmError
 from knnlm_core.knn.gates import Context, join_contexts
 from knnlm_core.lm.head import log_probs_of_targets, targets_and_signals
 from knnlm_core.lm.protocol import CausalLM
-from knnlm_core.mixture import Found, find, mix_targets, start_walks
+from knnlm_core.mixture import Found, mix_targets, start_walks
 from knnlm_core.replay import Run, replay
 from knnlm_core.retrieval import NEIGHBORS_AT_ONCE, Retrieval
 from knnlm_core.types import EntryRange
@@ -249,8 +249,6 @@ def _mix(
 
 def _find(keys: Tensor, targets: Tensor, owners: Sequence[_TextInWork], context: Context | None) -> Found:
     retrievals = [owner.retrieval for owner in owners]
-    if not any(owner.walks for owner in owners):
-        return find(keys, retrievals, context)
     texts, runs, start = [], [], 0
     for _, rows in groupby(owners, key=id):
         stop = start + sum(1 for _ in rows)

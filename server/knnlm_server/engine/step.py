@@ -187,11 +187,6 @@ def _mix_prompt(
     Raises: KnnlmError: a datastore could not be searched.
     """
     retrievals = [request.retrieval] * len(targets)
-    if not request.prompt_walks:
-        mixed = mix_rows(lm_log_probs, keys, retrievals, positions)
-        for error in mixed.found.failures.values():
-            raise error
-        return mixed
     context = context_of(lm_log_probs, retrievals, positions)
     replayed = replay(keys, targets, retrievals, context, [Run(range(len(targets)), request.prompt_walks)])
     (request.prompt_walks,) = replayed.walks
