@@ -253,13 +253,14 @@ def test_one_client_carries_requests_at_the_same_time(caller: Caller) -> None:
 # -- streams ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_stream_is_the_answer_in_pieces(caller: Caller) -> None:
+def test_a_stream_is_the_answer_in_pieces(caller: Caller, live_server: LiveServer) -> None:
     options: dict[str, Any] = {
         "model": LAW, "n": 2, "temperature": 1.0, "seed": 3, "max_tokens": 20, "logprobs": 1,
         "knn": KnnOptions(lmbda=0.6, trace=True),
     }  # fmt: skip
     whole = caller.call(lambda client: client.completions([PROMPT, OTHER], **options))
-    chunks = collect(caller, [PROMPT, OTHER], stream_options=StreamOptions(include_usage=True), **options)
+    with slowed(live_server.lm, 0.02):  # a reader that is slow gets several tokens in one chunk
+        chunks = collect(caller, [PROMPT, OTHER], stream_options=StreamOptions(include_usage=True), **options)
     *pieces, last = chunks
     assert (last.choices, last.usage) == ([], whole.usage)
     assert all(chunk.usage is None for chunk in pieces)
@@ -269,7 +270,7 @@ def test_a_stream_is_the_answer_in_pieces(caller: Caller) -> None:
     assert set().union(*map(undeclared, chunks)) == set()
     for need in whole.choices:
         parts = [choice for chunk in pieces for choice in chunk.choices if choice.index == need.index]
-        assert len(parts) > 5
+        assert len(parts) > 1
         assert "".join(part.text for part in parts) == need.text
         assert [part.finish_reason for part in parts] == [None] * (len(parts) - 1) + [need.finish_reason]
         assert [entry for part in parts for entry in part.knn or []] == need.knn
@@ -740,7 +741,7 @@ def test_a_failed_step_is_the_engines_failure(
     # The stream had begun with 200 when the step failed.
     need = (kc.EngineFailure, 200, "engine_failure", None, words)
     fails(lambda: caller.stream(chunks.append, PROMPT, **options), *need)
-    assert len(chunks) == 2
+    assert sum(len(choice.logprobs.tokens) for chunk in chunks for choice in chunk.choices) == 2
     assert caller.call(lambda client: client.completions(PROMPT, **options))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from exact_reference import ExactReference, Knn
-from live_server import LiveServer
+from live_server import LiveServer, slowed
 from small_stores import Published, Start
 
 from knnlm_client import Client, KnnOptions
@@ -363,13 +363,14 @@ def test_a_stream_says_the_same_as_the_whole_answer(live_server: LiveServer) -> 
     }  # fmt: skip
     prompts = [PROMPT, "Der Käufer"]
     whole = live_server.complete(prompts, **body)
-    chunks = live_server.stream(prompts, **body)
+    with slowed(live_server.lm, 0.02):  # a reader that is slow gets several tokens in one chunk
+        chunks = live_server.stream(prompts, **body)
     assert len({chunk["id"] for chunk in chunks}) == 1
     assert all(chunk["system_fingerprint"] == whole["system_fingerprint"] for chunk in chunks)
     assert all("usage" not in chunk for chunk in chunks)
     for need in whole["choices"]:
         parts = [c for chunk in chunks for c in chunk["choices"] if c["index"] == need["index"]]
-        assert len(parts) > 5
+        assert len(parts) > 1
         assert "".join(part["text"] for part in parts) == need["text"]
         assert [part["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + [need["finish_reason"]]
         for name, values in need["logprobs"].items():
