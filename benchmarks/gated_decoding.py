@@ -61,6 +61,10 @@ class Exhaustive:
         """As the datastore's."""
         return self._store.next_entry(entry_ids)
 
+    def continuations(self, entry_ids: Tensor, length: int) -> Tensor:
+        """As the datastore's."""
+        return self._store.continuations(entry_ids, length)
+
 
 def timed(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, its time added to that of decisions."""

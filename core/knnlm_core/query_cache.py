@@ -201,6 +201,10 @@ class Cached:
         """As the datastore's."""
         return self._searched.next_entry(entry_ids)
 
+    def continuations(self, entry_ids: Tensor, length: int) -> Tensor:
+        """As the datastore's."""
+        return self._searched.continuations(entry_ids, length)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Cached) and other._datastore is self._datastore
 

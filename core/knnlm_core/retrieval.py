@@ -41,6 +41,10 @@ class Searchable(Protocol):
         """The entry after each one in its document, (…) int64; −1 after the last."""
         ...
 
+    def continuations(self, entry_ids: Tensor, length: int) -> Tensor:
+        """Values of entries (M,) and of those after them in their documents: (M, length), −1 where there are none."""
+        ...
+
 
 def lambda_rule(rules: LambdaRules, mode: LambdaMode, name: str) -> LambdaRule | None:
     """One of a calibration's rules, ready to be applied; None for `LambdaMode.FIXED`.

@@ -187,6 +187,21 @@ class Entries(ABC):
         following[~self._is_visible(following)] = -1
         return torch.from_numpy(following.reshape(ids.shape))
 
+    def continuations(self, entry_ids: Tensor, length: int) -> Tensor:
+        """The values of some entries and of those that follow them in their documents: (M,) int64 → (M, length) int64.
+
+        −1 from where a document ends or an entry is hidden, and for −1. Raises InvalidParameter: no such entry.
+        """
+        ids = self._check_ids(entry_ids, missing_allowed=True)
+        rows = ids[:, None] + np.arange(length)  # entries keep the order of their text
+        rows[ids < 0] = -1
+        np.minimum(rows, self.entries - 1, out=rows)
+        follows = self.next_entry(torch.from_numpy(rows[:, :-1])).numpy() == rows[:, 1:]
+        first = (ids >= 0) & self._is_visible(ids)
+        there = np.concatenate([first[:, None], follows], axis=1)
+        rows[~np.logical_and.accumulate(there, axis=1)] = -1
+        return torch.from_numpy(self._values(rows))
+
     def locate(self, entry_ids: Sequence[int]) -> list[EntryLocation | None]:
         """Where the values of some entries stand; None for one whose document has been deleted.
 

@@ -15,11 +15,14 @@ from typing import NamedTuple
 import torch
 
 from knnlm_core.errors import EngineFailure, KnnlmError, Overloaded, RequestCancelled, ShuttingDown
+from knnlm_core.lm.head import LOGIT_ELEMENTS_PER_CHUNK
 from knnlm_core.lm.protocol import CausalLM
 from knnlm_server.engine.events import Failed, Finished, TokenEvent
+from knnlm_server.engine.next_tokens import Decided, NextToken, StepFailure
 from knnlm_server.engine.request import Choice, CompletionRequest
 from knnlm_server.engine.scheduler import Batch, Scheduler
-from knnlm_server.engine.step import Decided, NextToken, Outcome, PromptRead, PromptScores, StepFailure, run_step
+from knnlm_server.engine.speculation import Speculator
+from knnlm_server.engine.step import Outcome, PromptRead, PromptScores, run_step
 from knnlm_server.engine.window_work import WindowWork
 from knnlm_server.telemetry.metrics import EngineMetrics
 
@@ -35,12 +38,14 @@ class EngineConfig:
     Attributes:
         step_tokens: tokens of decoding and prefill per step.
         score_tokens: padded tokens per scoring pass while nothing is being generated.
+        draft_tokens: tokens of one draft at most; 0 for no drafts.
         max_queued: requests that may wait; one more is refused.
         check_integrity: verify the bookkeeping after every step; for tests.
     """
 
     step_tokens: int = 512
     score_tokens: int = 4096
+    draft_tokens: int = 8
     max_queued: int = 256
     check_integrity: bool = False
 
@@ -65,6 +70,7 @@ class Engine:
         self._lm = lm
         self._eos = tuple(eos_token_ids)
         self._scheduler = Scheduler(lm.num_sequences, self.config.step_tokens, self._begin_prompt)
+        self._speculator = Speculator(self.config.draft_tokens, LOGIT_ELEMENTS_PER_CHUNK // lm.identity.vocab_size)
         self._scoring: deque[WindowWork] = deque()
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._accepted: set[Request] = set()  # submitted and not yet ended
@@ -180,13 +186,18 @@ class Engine:
         batch = self._scheduler.next_batch()
         if not batch.chunks and not batch.decodes:
             return
+        speculator, before = self._speculator, [len(decode.choice.token_ids) for decode in batch.decodes]
         try:
-            outcomes = run_step(self._lm, batch, self._eos)
+            batch = speculator.draft(batch, self._eos)
+            step = run_step(self._lm, batch, self._eos, speculator.most > 0)
             for chunk in batch.chunks:
                 if chunk.is_last:  # before anything can free the sequence
                     self._keep(chunk.request, chunk.request.choices[0])
-            for outcome in outcomes:
+            for outcome in step.outcomes:
                 self._take(outcome)
+            speculator.learn_cost(batch, step.pass_seconds)
+            for decode, count in zip(batch.decodes, before, strict=True):
+                speculator.learn(decode.choice, decode.choice.token_ids[count:])
         except Exception as error:
             logger.exception("step failed chunks=%d decodes=%d", len(batch.chunks), len(batch.decodes))
             self._fail(_requests(batch), error)
@@ -224,7 +235,13 @@ class Engine:
 
     def _emit(self, token: NextToken) -> None:
         request, choice = token.request, token.choice
+        if choice.finish_reason is not None:  # by a token before it in the same draft
+            return
         self._time_token(request, choice)
+        request.counts.drafted += token.drafted
+        request.counts.accepted += token.was_drafted
+        self.metrics.drafted_tokens.inc(token.drafted)
+        self.metrics.accepted_tokens.inc(token.was_drafted)
         offset = choice.num_chars
         text, finish_reason = choice.advance(token.token_id, request.params, self._eos)
         self._count_retrieval(request, token.decided, of=1)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from knnlm_core.drafts import NO_LEADS, NO_OUTLOOK, Guess, Leads, Outlook
 from knnlm_core.lm.protocol import SequenceId
 from knnlm_core.retrieval import Retrieval
 from knnlm_core.walks import Walks
@@ -20,7 +21,12 @@ from knnlm_server.engine.stopping import StopMatcher
 class Choice:
     """One completion of a request's prompt.
 
-    Attributes:   walks: where its retrieval stands, if a gate follows; they begin where the prompt ends.
+    Attributes:
+        walks: where its retrieval stands, if a gate follows; they begin where the prompt ends.
+        leads: entries that may hold its next token.
+        outlook: the tokens along its leads as of the last step.
+        guesses: what was thought likely to come in the last step, drafted or not.
+        streak: how many guesses came true in a row, up to its last token.
     """
 
     index: int
@@ -28,6 +34,10 @@ class Choice:
     stops: StopMatcher
     sequence: SequenceId | None = None
     walks: Walks = ()
+    leads: Leads = NO_LEADS
+    outlook: Outlook = NO_OUTLOOK
+    guesses: list[Guess] = field(default_factory=list)
+    streak: int = 0
     token_ids: list[int] = field(default_factory=list)
     last_token_s: float = 0.0  # monotonic clock
     num_chars: int = 0  # of the text that the tokens make, held back or not

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from knnlm_core.errors import InvalidParameter
@@ -24,10 +24,11 @@ class Chunk(NamedTuple):
 
 
 class Decode(NamedTuple):
-    """One more token of one choice."""
+    """One more token of one choice, and as many more as its draft is right about."""
 
     request: CompletionRequest
     choice: Choice
+    draft: Sequence[int] = ()
 
 
 class Batch(NamedTuple):

@@ -85,6 +85,10 @@ class Shadowed:
         """As the datastore's."""
         return self._datastore.next_entry(entry_ids)
 
+    def continuations(self, entry_ids: Tensor, length: int) -> Tensor:
+        """As the datastore's."""
+        return self._datastore.continuations(entry_ids, length)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Shadowed) and other._datastore is self._datastore
 

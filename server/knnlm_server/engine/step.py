@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -11,28 +13,14 @@ from torch import Tensor
 from knnlm_core.errors import KnnlmError
 from knnlm_core.lm.head import LOGIT_ELEMENTS_PER_CHUNK
 from knnlm_core.lm.protocol import CausalLM, Rows, Span
-from knnlm_core.mixture import Found, MixedRows, advance_walks, context_of, mix_found, mix_rows, start_walks
+from knnlm_core.mixture import MixedRows, context_of, mix_found, start_walks
 from knnlm_core.replay import Run, replay
 from knnlm_core.retrieval import NEIGHBORS_AT_ONCE, Retrieval
-from knnlm_server.engine.events import PromptEvent, TokenTrace, TopTokens
-from knnlm_server.engine.request import Choice, CompletionRequest
-from knnlm_server.engine.sampler import SampleRow, sample, top_logprobs
+from knnlm_server.engine.events import PromptEvent
+from knnlm_server.engine.next_tokens import Decided, NextRow, NextToken, SampledRows, StepFailure, next_tokens
+from knnlm_server.engine.request import CompletionRequest
+from knnlm_server.engine.sampler import top_logprobs
 from knnlm_server.engine.scheduler import Batch, Chunk
-from knnlm_server.engine.tracing import trace_rows
-
-
-class Decided(NamedTuple):
-    """For how many tokens a datastore was searched or followed."""
-
-    searched: int
-    followed: int
-
-
-class StepFailure(NamedTuple):
-    """A request that the step could not serve; the others are not touched by it."""
-
-    request: CompletionRequest
-    error: KnnlmError
 
 
 class PromptScores(NamedTuple):
@@ -49,27 +37,26 @@ class PromptRead(NamedTuple):
     request: CompletionRequest
 
 
-class NextToken(NamedTuple):
-    """The token that a step chose for one choice."""
-
-    request: CompletionRequest
-    choice: Choice
-    token_id: int
-    log_prob: float  # of the mixture, before penalties and temperature
-    top: TopTokens
-    decided: Decided
-    trace: TokenTrace | None
-
-
 Outcome = StepFailure | PromptScores | PromptRead | NextToken
 
 
+class Step(NamedTuple):
+    """What a step came to; the tokens of a choice are in order."""
+
+    outcomes: list[Outcome]
+    pass_seconds: float  # that the language model took for the rows that were sampled from
+
+
 @torch.inference_mode()
-def run_step(lm: CausalLM, batch: Batch, eos_token_ids: Sequence[int]) -> list[Outcome]:
-    """Advance every decoding choice by a token and every prompt by its chunk.
+def run_step(lm: CausalLM, batch: Batch, eos_token_ids: Sequence[int], speculates: bool = False) -> Step:
+    """Advance every decoding choice by a token, and by those of its draft that it would have chosen too, and every
+    prompt by its chunk.
 
     A prompt that becomes complete is forked into its choices, which all draw their first token from its last row.
+
+    Args:   speculates: find leads for the drafts of the next step.
     """
+    begun = time.perf_counter()
     output = lm.forward(_spans(batch))
     plan = _plan_rows(lm, batch)
     outcomes: list[Outcome] = []
@@ -80,15 +67,25 @@ def run_step(lm: CausalLM, batch: Batch, eos_token_ids: Sequence[int]) -> list[O
             if isinstance(outcome, StepFailure):
                 failed.add(outcome.request)
     outcomes += [PromptRead(request) for request in plan.read if request not in failed]
-    return outcomes + _next_tokens(lm, output, [row for row in plan.next if row.request not in failed], eos_token_ids)
+    wanted = [row for row in plan.next if row.request not in failed]
+    if not wanted:
+        return Step(outcomes, 0.0)
+    rows = SampledRows.of(lm, output, wanted)
+    pass_seconds = time.perf_counter() - begun
+    outcomes += next_tokens(rows, wanted, eos_token_ids, speculates=speculates)
+    _rewind(lm, batch, outcomes)
+    return Step(outcomes, pass_seconds)
 
 
-class _NextRow(NamedTuple):
-    """A row of the pass whose next token is drawn for one or more choices."""
-
-    row: int
-    request: CompletionRequest
-    choices: Sequence[Choice]
+def _rewind(lm: CausalLM, batch: Batch, outcomes: Sequence[Outcome]) -> None:
+    """Forget the tokens of drafts that were not chosen."""
+    came = Counter(id(outcome.choice) for outcome in outcomes if isinstance(outcome, NextToken))
+    for _, choice, draft in batch.decodes:
+        assert choice.sequence is not None
+        # The last token that came is in no pass yet.
+        rejected = len(draft) - max(0, came[id(choice)] - 1)
+        if rejected:
+            lm.rewind(choice.sequence, lm.length(choice.sequence) - rejected)
 
 
 class _ScoredRows(NamedTuple):
@@ -103,16 +100,16 @@ class _ScoredRows(NamedTuple):
 class _RowPlan(NamedTuple):
     """What the rows of a pass are for."""
 
-    next: list[_NextRow]
+    next: list[NextRow]
     scored: list[_ScoredRows]
     read: list[CompletionRequest]
 
 
 def _spans(batch: Batch) -> list[Span]:
     spans = []
-    for _, choice in batch.decodes:
+    for _, choice, draft in batch.decodes:
         assert choice.sequence is not None
-        spans.append(Span(choice.sequence, choice.token_ids[-1:]))
+        spans.append(Span(choice.sequence, [choice.token_ids[-1], *draft], rows=1 + len(draft)))
     for chunk in batch.chunks:
         sequence = chunk.request.choices[0].sequence
         assert sequence is not None, "a chunk of a request that has no sequence. This is a bug."
@@ -127,8 +124,11 @@ def _num_rows(chunk: Chunk) -> int:
 
 def _plan_rows(lm: CausalLM, batch: Batch) -> _RowPlan:
     """Account for what the pass appended, and say what its rows are for."""
-    plan = _RowPlan([_NextRow(row, request, [choice]) for row, (request, choice) in enumerate(batch.decodes)], [], [])
-    row = len(batch.decodes)
+    plan = _RowPlan([], [], [])
+    row = 0
+    for request, choice, draft in batch.decodes:
+        plan.next.append(NextRow(row, request, [choice], draft))
+        row += 1 + len(draft)
     for chunk in batch.chunks:
         request = chunk.request
         if chunk.start == 0 and request.prompt_logprobs is not None:
@@ -148,7 +148,7 @@ def _plan_rows(lm: CausalLM, batch: Batch) -> _RowPlan:
                 choice.sequence = lm.copy(first.sequence)
             for choice in request.choices:
                 choice.walks = start_walks(request.retrieval)
-            plan.next.append(_NextRow(row + rows - 1, request, request.choices))
+            plan.next.append(NextRow(row + rows - 1, request, request.choices))
         row += rows
     return plan
 
@@ -197,96 +197,3 @@ def rows_at_once(lm: CausalLM, retrieval: Retrieval | None) -> int:
     """Rows whose distributions and neighbours fit in memory together."""
     rows = LOGIT_ELEMENTS_PER_CHUNK // lm.identity.vocab_size
     return max(1, min(rows, NEIGHBORS_AT_ONCE // retrieval.k) if retrieval is not None else rows)
-
-
-def _next_tokens(
-    lm: CausalLM, output: Rows, wanted: Sequence[_NextRow], eos_token_ids: Sequence[int]
-) -> list[StepFailure | NextToken]:
-    if not wanted:
-        return []
-    index = torch.tensor([row.row for row in wanted], device=output.keys.device)
-    lm_log_probs = torch.log_softmax(lm.logits(output.hidden[index]), dim=1)
-    positions = torch.tensor([len(row.request.prompt_ids) + len(row.choices[0].token_ids) for row in wanted])
-    retrievals = [row.request.retrieval for row in wanted]
-    walks = [row.choices[0].walks for row in wanted]  # choices that part here begin alike
-    mixed = mix_rows(lm_log_probs, output.keys[index], retrievals, positions.to(index.device), walks)
-    failures = [StepFailure(wanted[row].request, error) for row, error in mixed.found.failures.items()]
-    # A request fails as a whole, whichever of its choices were to be searched for.
-    failed = {failure.request for failure in failures}
-    owners = [
-        (i, row.request, choice) for i, row in enumerate(wanted) if row.request not in failed for choice in row.choices
-    ]
-    if not owners:
-        return list(failures)
-    of_row = torch.tensor([row for row, _, _ in owners], device=lm_log_probs.device)
-    sampling = [_sampling(request, choice) for _, request, choice in owners]
-    tokens = sample(mixed.log_probs[of_row], sampling, eos_token_ids=eos_token_ids)
-    if lost := _advance(owners, mixed.found, tokens.tolist()):
-        failures += lost
-        failed = {failure.request for failure in lost}
-        kept = [i for i, (_, request, _) in enumerate(owners) if request not in failed]
-        owners, of_row, tokens = [owners[i] for i in kept], of_row[kept], tokens[kept]
-    return [*failures, *_collect(owners, of_row, tokens, lm_log_probs, mixed)] if owners else list(failures)
-
-
-_RowOwner = tuple[int, CompletionRequest, Choice]  # row of the mixture, and whose token it gives
-
-
-def _advance(owners: Sequence[_RowOwner], found: Found, tokens: Sequence[int]) -> list[StepFailure]:
-    """Move the walks of choices to where their tokens lead; a datastore that cannot be read fails its own requests."""
-    walking = [(owner, token) for owner, token in zip(owners, tokens, strict=True) if owner[2].walks]
-    if not walking:
-        return []
-    try:
-        _move(walking, found)
-    except KnnlmError:
-        return _move_each(walking, found)
-    return []
-
-
-def _move(walking: Sequence[tuple[_RowOwner, int]], found: Found) -> None:
-    owners, tokens = zip(*walking, strict=True)
-    rows, requests, choices = zip(*owners, strict=True)
-    moved = advance_walks([c.walks for c in choices], [r.retrieval for r in requests], found, rows, tokens)
-    for choice, walks in zip(choices, moved, strict=True):
-        choice.walks = walks
-
-
-def _move_each(walking: Sequence[tuple[_RowOwner, int]], found: Found) -> list[StepFailure]:
-    """One by one, to see whose datastore it is."""
-    failures = []
-    for each in walking:
-        try:
-            _move([each], found)
-        except KnnlmError as error:
-            failures.append(StepFailure(each[0][1], error))
-    return failures
-
-
-def _sampling(request: CompletionRequest, choice: Choice) -> SampleRow:
-    return SampleRow(
-        params=request.params,
-        prompt_ids=request.prompt_ids,
-        generated_ids=choice.token_ids,
-        seed=request.seed,
-        choice=choice.index,
-        position=len(choice.token_ids),
-    )
-
-
-def _collect(
-    rows: Sequence[_RowOwner], of_row: Tensor, tokens: Tensor, lm_log_probs: Tensor, mixed: MixedRows
-) -> list[NextToken]:
-    most = max(request.params.logprobs or 0 for _, request, _ in rows)
-    chosen, top_ids, top_values = top_logprobs(mixed.log_probs[of_row], tokens, most)
-    traced = [i for i, (_, request, _) in enumerate(rows) if request.trace_neighbors]
-    traces = dict(zip(traced, trace_rows(traced, rows, of_row, tokens, chosen, lm_log_probs, mixed.found), strict=True))
-    searched, followed = (rows[of_row].tolist() for rows in (mixed.found.searched, mixed.found.followed))
-    columns = zip(rows, tokens.tolist(), chosen.tolist(), top_ids.tolist(), top_values.tolist(), strict=True)
-    result = []
-    for i, ((_, request, choice), token_id, log_prob, ids, values) in enumerate(columns):
-        wanted = request.params.logprobs or 0
-        top = list(zip(ids[:wanted], values[:wanted], strict=True))
-        decided = Decided(int(searched[i]), int(followed[i]))
-        result.append(NextToken(request, choice, token_id, log_prob, top, decided, traces.get(i)))
-    return result

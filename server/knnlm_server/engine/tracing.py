@@ -15,23 +15,24 @@ from knnlm_core.retrieval import Retrieval
 from knnlm_core.types import Neighbors
 from knnlm_server.engine.attribution import attribute
 from knnlm_server.engine.events import TokenTrace, TracedNeighbor, TracedSource
-from knnlm_server.engine.request import Choice, CompletionRequest
+from knnlm_server.engine.request import CompletionRequest
 
 
 def trace_rows(
     traced: Sequence[int],
-    rows: Sequence[tuple[int, CompletionRequest, Choice]],
+    requests: Sequence[CompletionRequest],
     of_row: Tensor,
     tokens: Tensor,
     chosen: Tensor,
     lm_log_probs: Tensor,
     found: Found,
 ) -> list[TokenTrace]:
-    """Traces of some of a step's rows.
+    """Traces of some of the tokens that a step drew.
 
     Args:
-        traced: which of ``rows`` to trace.
-        of_row: (R,) the row of the forward pass that each of ``rows`` reads.
+        traced: which of R tokens to trace.
+        requests: of the traced ones.
+        of_row: (R,) the row of the forward pass that each token is drawn from.
         tokens, chosen: (R,) the tokens taken and their mixed log-probabilities.
         lm_log_probs: (B, V), and ``found`` for the same B rows of the forward pass.
     """
@@ -44,8 +45,7 @@ def trace_rows(
     p_knn = target_log_mass(found.neighbors.values, found.log_weights, taken).exp().tolist()
     p_lm = lm_log_probs.exp().tolist()
     traces = []
-    for i, row in enumerate(traced):
-        request = rows[row][1]
+    for i, (row, request) in enumerate(zip(traced, requests, strict=True)):
         itself = slice(i, i + 1)
         one = rows_of(found, itself)
         retrieval = request.retrieval

@@ -32,6 +32,12 @@ class EngineMetrics:
         )
         # Looked up once: they move with every token.
         self._decisions = [self.retrievals.labels(decision) for decision in ("searched", "followed", "skipped")]
+        self.drafted_tokens = Counter(
+            "knnlm_drafted_tokens", "Tokens that were verified as drafts read off a datastore.", registry=self.registry
+        )
+        self.accepted_tokens = Counter(
+            "knnlm_accepted_tokens", "Tokens of drafts that were generated.", registry=self.registry
+        )
         self.first_token = Histogram(
             "knnlm_time_to_first_token_seconds",
             "From submission to the first token.",

@@ -68,6 +68,11 @@ def new_run(lm: HuggingFaceLM, prompt: list[int], retrieval: Retrieval | None) -
     return run
 
 
+def decisions(run: Run) -> tuple[int, int, int]:
+    counts = run.request.counts
+    return counts.searched, counts.followed, counts.skipped
+
+
 def test_mixtures_come_out_alone_as_in_company(
     running: tuple[Engine, HuggingFaceLM], law: Datastore, news: Datastore
 ) -> None:
@@ -85,7 +90,7 @@ def test_mixtures_come_out_alone_as_in_company(
     for run, need in zip(together, alone, strict=True):
         assert run.wait().tokens() == need.tokens()
         assert run.log_probs() == pytest.approx(need.log_probs(), abs=1e-4)
-        assert run.request.counts == need.request.counts
+        assert decisions(run) == decisions(need)
         for have, other in zip(traced(run), traced(need), strict=True):
             assert (have.searched, have.decision) == (other.searched, other.decision)
             assert [(n.source, n.entry_id) for n in have.neighbors] == [(n.source, n.entry_id) for n in other.neighbors]
