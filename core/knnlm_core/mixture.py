@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from knnlm_core.knn.distribution import neighbor_log_weights, target_log_mass, t
 from knnlm_core.knn.fusion import Fusion, Part, fuse
 from knnlm_core.knn.gates import ALWAYS, Context
 from knnlm_core.knn.interpolation import interpolate, interpolate_targets
+from knnlm_core.knn.lambdas import LambdaRule
 from knnlm_core.retrieval import Retrieval, Searchable, Source
 from knnlm_core.signals import lm_signals
 from knnlm_core.types import EntryRange, Neighbors
@@ -145,35 +146,59 @@ def gate_rows(keys: Tensor, retrieving: Retrieving, context: Context | None, wal
     outcomes = torch.full(shape, SKIPPED, dtype=torch.int8, device=device)
     uses: list[Use] = []
     failures: dict[int, KnnlmError] = {}
+    for slot, members in _asked_together(retrieving):
+        (source, _), rows = members[0], [row for _, of_member in members for row in of_member]
+        if source.gate is ALWAYS:  # as most are
+            uses += [Use(slot, member, of_member) for member, of_member in members]
+            outcomes[rows, slot] = SEARCHED
+            continue
+        if source.gate.follows and walks is None:
+            continue
+        index = torch.tensor(rows, device=device)
+        known = context.take(index) if context is not None else None
+        near: Neighbors | None = None
+        if walks is None or not source.gate.follows:
+            decisions = source.gate(keys[index], known)
+            done = decisions.search.to(torch.int8) * SEARCHED
+        else:
+            try:
+                asked = ask(source, keys[index], known, [walks[row][slot] for row in rows])
+            except KnnlmError as error:
+                failures.update(dict.fromkeys(rows, error))
+                continue
+            decisions, done, near = asked.decisions, asked.outcomes, asked.pointers.neighbors
+            pointers[index, slot] = asked.pointers.counts
+        outcomes[index, slot], scores[index, slot] = done, decisions.scores
+        start = 0
+        for member, of_member in members:
+            here = slice(start, start + len(of_member))
+            uses += _uses(Use(slot, member, of_member), done[here], near and Neighbors(*(part[here] for part in near)))
+            start = here.stop
+    return Gated(uses, outcomes, GateReport(scores, pointers), failures)
+
+
+def _asked_together(retrieving: Retrieving) -> list[tuple[int, list[tuple[Source, Sequence[int]]]]]:
+    """Sources of a slot with their rows, those together of which a gate is asked the same."""
+    groups: defaultdict[tuple[object, ...], list[tuple[Source, Sequence[int]]]] = defaultdict(list)
     for retrieval, rows in retrieving:
         for slot, source in enumerate(retrieval.sources):
-            if source.gate is ALWAYS:  # as most are
-                uses.append(Use(slot, source, rows))
-                outcomes[rows, slot] = SEARCHED
-                continue
-            if source.gate.follows and walks is None:
-                continue
-            index = torch.tensor(rows, device=device)
-            known = context.take(index) if context is not None else None
-            if walks is None or not source.gate.follows:
-                decisions = source.gate(keys[index], known)
-                outcomes[index, slot] = decisions.search.to(torch.int8) * SEARCHED
-            else:
-                try:
-                    asked = ask(source, keys[index], known, [walks[row][slot] for row in rows])
-                except KnnlmError as error:
-                    failures.update(dict.fromkeys(rows, error))
-                    continue
-                decisions, done = asked.decisions, asked.outcomes
-                outcomes[index, slot] = done
-                pointers[index, slot] = asked.pointers.counts
-                if bool((follow := done == FOLLOWED).any()):
-                    near = Neighbors(*(column[follow] for column in asked.pointers.neighbors))
-                    uses.append(Use(slot, source, index[follow].tolist(), near))
-            scores[index, slot] = decisions.scores
-            if chosen := index[decisions.search].tolist():
-                uses.append(Use(slot, source, chosen))
-    return Gated(uses, outcomes, GateReport(scores, pointers), failures)
+            key = (slot, source.datastore, source.exclude, source.knn_temperature, source.gate)
+            groups[key].append((source, rows))
+    return [(cast(int, key[0]), members) for key, members in groups.items()]
+
+
+def _uses(use: Use, outcomes: Tensor, pointers: Neighbors | None) -> list[Use]:
+    """What the rows of a use come to: those that are searched, and those that follow their pointers.
+
+    Args:   outcomes, pointers: of the rows; None where nothing can be followed.
+    """
+    parts = []
+    if pointers is not None and bool((follow := outcomes == FOLLOWED).any()):
+        rows = [row for row, follows in zip(use.rows, follow.tolist(), strict=True) if follows]
+        parts.append(use._replace(rows=rows, pointers=Neighbors(*(column[follow] for column in pointers))))
+    if rows := [row for row, done in zip(use.rows, outcomes.tolist(), strict=True) if done == SEARCHED]:
+        parts.append(use._replace(rows=rows))
+    return parts
 
 
 def _marked(rows: Sequence[int], batch: int, device: torch.device) -> Tensor:
@@ -251,14 +276,18 @@ def _part(block: Neighbors, uses: Sequence[Use], context: Context | None) -> Par
         beyond = torch.arange(width, device=device)[None] >= ks[:, None]
         block = block._replace(entry_ids=block.entry_ids.masked_fill(beyond, -1))
     log_weights = neighbor_log_weights(block, tau)
+    ruled: defaultdict[LambdaRule, list[int]] = defaultdict(list)
     for use in uses:
         rule = use.source.lambda_rule if use.pointers is None else use.source.follow_rule or use.source.lambda_rule
         if rule is not None:
-            assert context is not None, "a λ was asked for without what it looks at. This is a bug."
-            # As in scoring: all rows are this source's, and nothing has to be picked out.
-            index = slice(None) if len(use.rows) == batch else torch.tensor(use.rows, device=device)
-            near = Neighbors(*(column[index] for column in block))
-            lmbda[index] = rule(near, log_weights[index], context.signals.take(index))
+            ruled[rule] += use.rows
+    for rule, of_rule in ruled.items():
+        assert context is not None, "a λ was asked for without what it looks at. This is a bug."
+        # As in scoring: all rows are ruled by it, in order, and nothing has to be picked out.
+        everything = of_rule == list(range(batch))
+        index = slice(None) if everything else torch.tensor(of_rule, device=device)
+        near = Neighbors(*(column[index] for column in block))
+        lmbda[index] = rule(near, log_weights[index], context.signals.take(index))
     return Part(block, log_weights, tau, lmbda, weight)
 
 

@@ -5,12 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from knnlm_core.datastore.calibration import BucketedLambda, Calibration, FollowRule, LambdaRules, RrcLambda
+from knnlm_core.datastore.calibration import (
+    BucketedLambda,
+    Calibration,
+    FollowRule,
+    LambdaRules,
+    LearnedLambda,
+    RrcLambda,
+)
 from knnlm_core.errors import DatastoreMismatch, InvalidKnnParams, InvalidParameter
 from knnlm_core.knn.fusion import Fusion
 from knnlm_core.knn.gates import ALWAYS, GATE_FEATURES, MAX_GAIN, Gate, GateMode, LearnedGate, parse_gate, parse_mode
@@ -67,7 +75,16 @@ def lambda_rule(rules: LambdaRules, mode: LambdaMode, name: str) -> LambdaRule |
 
 
 def ready_rule(rule: FollowRule, name: str) -> LambdaRule:
-    """A fitted rule, ready to be applied. Raises DatastoreMismatch: it looks at features unknown to this build."""
+    """A fitted rule, ready to be applied. Raises DatastoreMismatch: it looks at features unknown to this build.
+
+    Equal rules come out as one object, so that the rows of several requests are ruled together.
+    """
+    return _ready_rule(type(rule), rule.model_dump_json(), name)
+
+
+@lru_cache(maxsize=128)
+def _ready_rule(kind: type[BucketedLambda | RrcLambda | LearnedLambda], content: str, name: str) -> LambdaRule:
+    rule = kind.model_validate_json(content)
     if isinstance(rule, BucketedLambda):
         return Bucketed(_numbers(rule.edges).float(), _numbers(rule.lambdas))
     if isinstance(rule, RrcLambda):

@@ -236,6 +236,8 @@ def gate_features(signals: LMSignals, pointers: Pointers) -> Tensor:
 class LearnedGate:
     """Search where trees expect that it gains more than this over following pointers, or over the LM alone.
 
+    Equal where the very same trees are held against one threshold.
+
     Attributes:
         trees: expected gain in nats per token, from `gate_features`; of one language model and datastore.
         threshold: in nats; the higher, the fewer searches.
@@ -253,6 +255,12 @@ class LearnedGate:
                 f"`knn.gate_threshold` of learned must be in 0 … {MAX_GAIN:g} nats, got {self.threshold:g}",
                 param="knn.gate_threshold",
             )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LearnedGate) and other.trees is self.trees and other.threshold == self.threshold
+
+    def __hash__(self) -> int:
+        return hash((id(self.trees), self.threshold))
 
     def __call__(self, keys: Tensor, context: Context | None, pointers: Pointers | None = None) -> Decisions:
         """See `Gate`."""
