@@ -7,9 +7,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-WITH_DATA = ("reference_protocol", "strided_protocol", "lm_eval_agreement", "scoring", "swaps")
-# streams last: it uses the store that strided_protocol leaves
-WITHOUT_DATA = ("encode_overhead", "prefix_cache", "swap_size", "streams")
+# What each one is given beside --model and --work. Those that take a store come last: strided_protocol leaves it.
+BENCHMARKS = {
+    "encode_overhead": (),
+    "prefix_cache": (),
+    "swap_size": (),
+    "reference_protocol": ("data",),
+    "strided_protocol": ("data",),
+    "lm_eval_agreement": ("data",),
+    "scoring": ("data",),
+    "swaps": ("data",),
+    "adaptive": ("data",),
+    "streams": ("store",),
+    "gated_decoding": ("data", "store"),
+    "speculation": ("data", "store"),
+    "serving": ("data", "store"),
+}
 
 
 def main() -> None:
@@ -18,19 +31,22 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="hub id, folder or GGUF file")
     parser.add_argument("--data", type=Path, help="folder with train.jsonl.gz and eval.jsonl.gz")
     parser.add_argument("--work", type=Path, default=Path(".bench"), help="where datastores are built")
-    parser.add_argument("--only", nargs="*", choices=[*WITHOUT_DATA, *WITH_DATA], help="which to run")
+    parser.add_argument(
+        "--only", nargs="*", choices=BENCHMARKS, help="which to run; without --data, those that need none"
+    )
     args = parser.parse_args()
-    chosen = args.only or [*WITHOUT_DATA[:-1], *(WITH_DATA if args.data else ()), WITHOUT_DATA[-1]]
     store = args.work / "datastores" / "bench"
-    for name in chosen:
+    for name in args.only or BENCHMARKS:
+        needs = BENCHMARKS[name]
+        if "data" in needs and args.data is None:
+            if args.only:
+                parser.error(f"{name} needs --data")
+            continue
         command = [sys.executable, str(Path(__file__).parent / f"{name}.py"), "--model", args.model]
         command += ["--work", str(args.work)]
-        if name == "streams" and (store / "CURRENT").exists():
+        command += ["--data", str(args.data)] if "data" in needs else []
+        if "store" in needs and (store / "CURRENT").exists():
             command += ["--store", str(store)]
-        if name in WITH_DATA:
-            if args.data is None:
-                parser.error(f"{name} needs --data")
-            command += ["--data", str(args.data)]
         print(f"== {name}", file=sys.stderr)
         subprocess.run(command, check=True)
 
