@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,10 @@ from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.loading import LoadOptions, load_lm
 from knnlm_server.settings import ServerSettings
 from tiny import save_tiny
+
+# How much is drafted depends on what passes cost, and rounding on how wide they are. Here answers are compared to the
+# last bit; those of servers that draft are compared with them in test_drafts_served.
+STEADY: dict[str, Any] = {"draft_tokens": 0}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -84,8 +89,9 @@ def reference(lm_folder: Path) -> ExactReference:
 @pytest.fixture(scope="session")
 def _session_server(published: Published) -> Iterator[LiveServer]:
     settings = ServerSettings(
-        model=str(published.model), datastores=published.root, max_sequences=8, step_tokens=64, drain_timeout_s=5
-    )
+        model=str(published.model), datastores=published.root, max_sequences=8, step_tokens=64, drain_timeout_s=5,
+        **STEADY,
+    )  # fmt: skip
     with LiveServer(settings) as server:
         yield server
 
@@ -106,7 +112,9 @@ def chat_folder(lm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session")
 def _chat_server(chat_folder: Path, published: Published) -> Iterator[LiveServer]:
-    settings = ServerSettings(model=str(chat_folder), datastores=published.root, max_sequences=8, drain_timeout_s=5)
+    settings = ServerSettings(
+        model=str(chat_folder), datastores=published.root, max_sequences=8, drain_timeout_s=5, **STEADY
+    )
     with LiveServer(settings) as server:
         yield server
 
@@ -124,7 +132,7 @@ def start_server(published: Published) -> Iterator[Start]:
     with ExitStack() as running:
 
         def start(*, wait: bool = True, **settings: object) -> LiveServer:
-            given = {"model": str(published.model), "max_sequences": 4, "drain_timeout_s": 5, **settings}
+            given = {"model": str(published.model), "max_sequences": 4, "drain_timeout_s": 5, **STEADY, **settings}
             return running.enter_context(LiveServer(ServerSettings(**given), wait=wait))  # type: ignore[arg-type]
 
         yield start

@@ -40,7 +40,7 @@ def resources(server: LiveServer) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_two_hundred_abandoned_requests_leave_the_server_as_it_was(published: Published, start_server: Start) -> None:
-    server = start_server(datastores=published.root, max_sequences=8, max_queued=2 * STORM)
+    server = start_server(datastores=published.root, max_sequences=8, max_queued=2 * STORM, draft_tokens=8)
     server.complete(TEXT, model=LAW)
     server.score([TEXT], model=LAW)
     before, threads = resources(server), threading.active_count()

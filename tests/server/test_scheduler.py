@@ -58,7 +58,7 @@ class Simulation:
         batch = self.scheduler.next_batch()
         self._note_starts()
         self._check(batch)
-        tokens = [(request, choice) for request, choice in batch.decodes]
+        tokens = [(request, choice) for request, choice, _ in batch.decodes]
         for chunk in batch.chunks:
             chunk.request.num_prefilled = chunk.stop
             if chunk.is_last:
@@ -85,7 +85,7 @@ class Simulation:
         in_use = sum(len(request.live_choices) for request in scheduler.running)
         assert 0 <= in_use <= scheduler.num_slots
         live = [(r.request_id, c.index) for r in scheduler.running if r.is_prefilled for c in r.live_choices]
-        assert [(r.request_id, c.index) for r, c in batch.decodes] == live  # every one of them, once
+        assert [(r.request_id, c.index) for r, c, _ in batch.decodes] == live  # every one of them, once
         prefilled = sum(chunk.stop - chunk.start for chunk in batch.chunks)
         assert prefilled <= max(1, scheduler.step_tokens - len(batch.decodes))
         for chunk in batch.chunks:

@@ -40,7 +40,8 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Learned:
 
 @pytest.fixture(scope="session")
 def running_server(learned: Learned) -> Iterator[LiveServer]:
-    with LiveServer(ServerSettings(model=str(learned.model), datastores=learned.root, max_sequences=8)) as server:
+    settings = ServerSettings(model=str(learned.model), datastores=learned.root, max_sequences=8, draft_tokens=0)
+    with LiveServer(settings) as server:
         yield server
 
 
