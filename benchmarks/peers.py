@@ -1,7 +1,7 @@
 """What others do, each in a process of its own that generates when it is told to: the peers of `serving.py`.
 
     transformers        `generate` over one static, left-padded batch
-    transformers-knn    the same with a naive kNN LogitsProcessor: a search per step, a dense p_knn, as in published scripts
+    transformers-knn    the same with a naive kNN LogitsProcessor: a search and a dense row per step, as others do
     llama.cpp           greedy steps over one batch by the low-level interface of llama-cpp-python
 
 A line of JSON comes in, ``{"prompts": [[id, …], …], "tokens": n}``; one goes out: seconds from the beginning at which

@@ -18,6 +18,7 @@ BENCHMARKS = {
     "scoring": ("data",),
     "swaps": ("data",),
     "adaptive": ("data",),
+    "decode_step": ("data",),
     "streams": ("store",),
     "gated_decoding": ("data", "store"),
     "speculation": ("data", "store"),

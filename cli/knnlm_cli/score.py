@@ -64,6 +64,7 @@ def score(
     url: Annotated[str | None, _option("url")] = None,
     api_key: Annotated[str | None, _option("api_key", envvar="KNNLM_API_KEY")] = None,
     dtype: Annotated[str | None, _option("dtype")] = None,
+    weights: Annotated[str | None, _option("weights")] = None,
     device: Annotated[str | None, _option("device")] = None,
     threads: Annotated[int | None, _option("threads")] = None,
 ) -> None:

@@ -25,8 +25,8 @@ from knnlm_core.datastore.reader import Datastore
 from knnlm_core.datastore.snapshot import Snapshot
 from knnlm_core.errors import DatastoreNotFound, InvalidParameter
 from knnlm_core.knn.lambdas import LambdaMode, parse_lambda_mode
-from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.loading import LoadOptions, load_lm
+from knnlm_core.lm.protocol import TextLM
 from knnlm_core.retrieval import Retrieval, Source, with_gate, with_lambda_mode
 from knnlm_core.types import EntryRange
 from knnlm_server.api.score_inputs import TextToScore, bytes_of_text
@@ -54,7 +54,7 @@ class OfflineScorer:
                   are out of bounds, or a setting is given by nobody. DatastoreNotFound: no document of an excluded id.
     """
 
-    def __init__(self, lm: HuggingFaceLM, datastore: Snapshot | None, settings: ScoreSettings) -> None:
+    def __init__(self, lm: TextLM, datastore: Snapshot | None, settings: ScoreSettings) -> None:
         self._lm = lm
         self._datastore = datastore
         self._settings = settings
@@ -65,6 +65,8 @@ class OfflineScorer:
         calibration = datastore.calibration if datastore is not None else None
         if datastore is not None:
             datastore.require_fits(lm.identity)
+            if calibration is not None:
+                calibration.require_numerics(datastore.name, lm.numerics)
             retrieval = choose_retrieval(
                 settings, datastore.name, calibration.settings() if calibration is not None else None
             )
@@ -202,6 +204,7 @@ def offline_scorer(settings: ScoreSettings) -> Iterator[OfflineScorer]:
     with nullcontext() if settings.datastore is None else _open_datastore(settings.datastore) as datastore:
         options = LoadOptions(
             dtype=settings.dtype or "auto",
+            weights=settings.weights or "full",
             device=settings.device or "auto",
             key_tap=datastore.manifest.key.tap if datastore is not None else None,
             progress=sys.stderr.isatty(),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from knnlm_core.errors import InvalidParameter
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
-_OFFLINE_ONLY = ("dtype", "device", "threads")
+_OFFLINE_ONLY = ("dtype", "weights", "device", "threads")
 _NEED_DATASTORE = (
     "k",
     "temperature",
@@ -85,6 +85,9 @@ class ScoreSettings(BaseModel):
         default=None, description=f"Draw what each token gains into this file ({', '.join(PLOT_SUFFIXES)})."
     )
     dtype: str | None = Field(default=None, description="Weights: auto (default), float32, bfloat16 or float16.")
+    weights: Literal["full", "int8"] | None = Field(
+        default=None, description="full (default), or int8 for linear layers of int8 weights, on a CPU."
+    )
     device: str | None = Field(default=None, description="auto (default), cpu or cuda[:N].")
     threads: int | None = Field(default=None, ge=1, description="CPU threads; by default what torch and FAISS choose.")
 

@@ -165,17 +165,23 @@ class DatastoreMismatch(DatastoreError):
         have: the datastore's value.
         need: the value that would fit.
         needed_by: whose value that is.
+        remedy: what to do about it, where one thing helps.
     """
 
     code = "datastore_mismatch"
 
     def __init__(
-        self, name: str, *, field: str, have: object, need: object, needed_by: str = "the running model"
+        self,
+        name: str,
+        *,
+        field: str,
+        have: object,
+        need: object,
+        needed_by: str = "the running model",
+        remedy: str = "",
     ) -> None:
-        super().__init__(
-            f"datastore {name!r} does not fit: {field} is {have!r}, {needed_by} needs {need!r}",
-            param=field,
-        )
+        message = f"datastore {name!r} does not fit: {field} is {have!r}, {needed_by} needs {need!r}"
+        super().__init__(f"{message}; {remedy}" if remedy else message, param=field)
         self.field, self.have, self.need = field, have, need
 
 

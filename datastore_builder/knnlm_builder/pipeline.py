@@ -44,8 +44,8 @@ from knnlm_core.datastore.manifest import (
 from knnlm_core.datastore.publish import publish, set_current
 from knnlm_core.datastore.reader import Datastore, find_version
 from knnlm_core.errors import DatastoreDoesNotHelp, DatastoreNotFound, EmptyCorpus
-from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.loading import LoadOptions, load_lm
+from knnlm_core.lm.protocol import TextLM
 
 
 class BuildResult(NamedTuple):
@@ -69,12 +69,19 @@ def run_build(settings: BuildSettings, reporter: Reporter) -> BuildResult:
     read_documents(settings.inputs)  # a path that does not exist is known before the model is loaded
     reporter.say(f"Loading {settings.model}")
     lm = load_lm(
-        settings.model, LoadOptions(settings.dtype, settings.device, settings.key_tap, progress=sys.stderr.isatty())
+        settings.model,
+        LoadOptions(
+            settings.dtype,
+            settings.device,
+            settings.key_tap,
+            progress=sys.stderr.isatty(),
+            weights=settings.weights,
+        ),
     )
     return build_with(lm, settings, reporter)
 
 
-def build_with(lm: HuggingFaceLM, settings: BuildSettings, reporter: Reporter) -> BuildResult:
+def build_with(lm: TextLM, settings: BuildSettings, reporter: Reporter) -> BuildResult:
     """`run_build` with a model that is loaded already."""
     windowing = settings.windowing(lm.max_length)
     home = layout.name_folder(settings.output, settings.name)
@@ -96,7 +103,7 @@ def build_with(lm: HuggingFaceLM, settings: BuildSettings, reporter: Reporter) -
 
 
 def _build(
-    lm: HuggingFaceLM, plan: Plan, settings: BuildSettings, version: str, inputs: dict[str, JsonValue], folder: Path,
+    lm: TextLM, plan: Plan, settings: BuildSettings, version: str, inputs: dict[str, JsonValue], folder: Path,
     reporter: Reporter,
 ) -> BuildResult:  # fmt: skip
     shards = list(plan.shards(settings.shard_entries))
@@ -133,6 +140,7 @@ def _build(
             seed=settings.seed,
             nprobe=gate.nprobe,
             reporter=reporter,
+            numerics=lm.numerics,
         )
         calibration = made.calibration
         check = verify(datastore, plan, nprobe=gate.nprobe, seed=settings.seed)
@@ -159,7 +167,7 @@ def _build(
     return BuildResult(settings.name, version, plan.num_entries, calibration, was_published=False)
 
 
-def _inputs(plan: Plan, lm: HuggingFaceLM, settings: BuildSettings) -> dict[str, JsonValue]:
+def _inputs(plan: Plan, lm: TextLM, settings: BuildSettings) -> dict[str, JsonValue]:
     """What the version is a hash of: text, settings and LM; no float that was computed."""
     identity = lm.identity
     return {
@@ -200,7 +208,7 @@ def _checksums(folder: Path, reporter: Reporter) -> dict[str, FileRecord]:
 
 
 def _manifest(
-    plan: Plan, shards: Sequence[ShardPlan], spec: IndexSpec, lm: HuggingFaceLM, name: str, version: str,
+    plan: Plan, shards: Sequence[ShardPlan], spec: IndexSpec, lm: TextLM, name: str, version: str,
     inputs: dict[str, JsonValue], files: dict[str, FileRecord],
 ) -> Manifest:  # fmt: skip
     identity = lm.identity

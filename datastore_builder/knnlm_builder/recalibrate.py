@@ -23,8 +23,8 @@ from knnlm_core.datastore.lock import lock_versions
 from knnlm_core.datastore.publish import set_current
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.errors import DatastoreDoesNotHelp, EmptyCorpus
-from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.loading import LoadOptions, load_lm
+from knnlm_core.lm.protocol import TextLM
 
 
 def run_calibrate(settings: CalibrateSettings, reporter: Reporter) -> Calibration:
@@ -42,11 +42,17 @@ def run_calibrate(settings: CalibrateSettings, reporter: Reporter) -> Calibratio
         torch.set_num_threads(settings.threads)
     with Datastore.open(settings.datastore.parent, name) as datastore:
         reporter.say(f"Loading {settings.model}")
-        options = LoadOptions(settings.dtype, settings.device, datastore.manifest.key.tap, progress=sys.stderr.isatty())
+        options = LoadOptions(
+            settings.dtype,
+            settings.device,
+            datastore.manifest.key.tap,
+            progress=sys.stderr.isatty(),
+            weights=settings.weights,
+        )
         return calibrate_with(load_lm(settings.model, options), settings, reporter)
 
 
-def calibrate_with(lm: HuggingFaceLM, settings: CalibrateSettings, reporter: Reporter) -> Calibration:
+def calibrate_with(lm: TextLM, settings: CalibrateSettings, reporter: Reporter) -> Calibration:
     """`run_calibrate` with a model that is loaded already."""
     root, name = settings.datastore.parent, layout.check_name(settings.datastore.name)
     with lock_versions(root, name), Datastore.open(root, name) as datastore:
@@ -73,7 +79,7 @@ def calibrate_with(lm: HuggingFaceLM, settings: CalibrateSettings, reporter: Rep
 
 
 def _calibrated(
-    lm: HuggingFaceLM, datastore: Datastore, settings: CalibrateSettings, folder: Path, reporter: Reporter
+    lm: TextLM, datastore: Datastore, settings: CalibrateSettings, folder: Path, reporter: Reporter
 ) -> Calibrated:
     dead = read_ledger(settings.datastore.parent, datastore.name).killed
     plan = plan_held_out(datastore, lm.tokenizer, folder, dead)
@@ -103,4 +109,5 @@ def _calibrated(
         reporter=reporter,
         practice=practice,
         budget_ms=settings.latency_budget_ms,
+        numerics=lm.numerics,
     )

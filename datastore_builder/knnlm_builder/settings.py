@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -17,6 +17,11 @@ class _LMSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     dtype: str = Field(default="auto", description="Weights: auto, float32, bfloat16 or float16.")
+    weights: Literal["full", "int8"] = Field(
+        default="full",
+        description="full, or int8 for linear layers of int8 weights: on a CPU, faster, slightly worse; needs a "
+        "calibration of its own.",
+    )
     device: str = Field(default="auto", description="auto, cpu or cuda[:N].")
     threads: int | None = Field(default=None, ge=1, description="CPU threads; by default what torch and FAISS choose.")
     batch_tokens: int = Field(default=4096, ge=1, description="Padded tokens per forward pass.")

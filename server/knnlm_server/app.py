@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,9 @@ from fastapi import FastAPI
 
 from knnlm_core import __version__
 from knnlm_core.datastore.snapshot import Snapshot
+from knnlm_core.drift import measure_drift
 from knnlm_core.errors import InvalidParameter, KnnlmError
+from knnlm_core.lm.llamacpp_loading import encode_budget
 from knnlm_core.lm.loading import LoadOptions, load_lm, model_name
 from knnlm_core.query_cache import QueryCache
 from knnlm_server.api import (
@@ -40,6 +43,7 @@ from knnlm_server.api.openapi import DocumentedApp
 from knnlm_server.api.selection import SEPARATOR
 from knnlm_server.api.state import Backend, Service
 from knnlm_server.engine.engine import Engine, EngineConfig
+from knnlm_server.engine.reencoding import reencode
 from knnlm_server.engine.shadow import ShadowSearch
 from knnlm_server.registry.config import RegistryConfig
 from knnlm_server.registry.generation import Lease
@@ -130,6 +134,7 @@ def build_backend(state: Service) -> Backend:
         settings.model,
         LoadOptions(
             dtype=settings.dtype,
+            weights=settings.weights,
             device=settings.device,
             key_tap=settings.key_tap,
             max_length=settings.max_model_len,
@@ -137,6 +142,17 @@ def build_backend(state: Service) -> Backend:
             kv_cache_bytes=settings.kv_cache_bytes,
             prefix_cache_bytes=settings.prefix_cache_bytes,
             progress=sys.stderr.isatty(),
+            runtime=settings.runtime,
+        ),
+    )
+    engine = Engine(
+        lm,
+        lm.tokenizer.eos_token_ids,
+        EngineConfig(
+            step_tokens=settings.step_tokens,
+            draft_tokens=settings.draft_tokens,
+            score_tokens=encode_budget(lm, EngineConfig().score_tokens),
+            max_queued=settings.max_queued,
         ),
     )
     registry = Registry(
@@ -147,18 +163,20 @@ def build_backend(state: Service) -> Backend:
             state=settings.state_file,
             max_bytes=settings.datastore_bytes,
             keep_versions=settings.keep_versions,
+            numerics=lm.numerics,
+            drift=lambda snapshot: measure_drift(
+                snapshot, lm.tokenizer, partial(reencode, engine, lm.identity.key_dim)
+            ),
         ),
     )
     try:
-        restore(registry, Wishes(settings.load, settings.aliases, settings.default_datastore), state.wait_for_datastore)
-        engine = Engine(
-            lm,
-            lm.tokenizer.eos_token_ids,
-            EngineConfig(step_tokens=settings.step_tokens, max_queued=settings.max_queued),
-        )
         state.require_open()
-        engine.start()
+        engine.start()  # loading a datastore asks it for keys
+        restore(registry, Wishes(settings.load, settings.aliases, settings.default_datastore), state.wait_for_datastore)
+        state.require_open()
     except BaseException:
+        if engine.is_alive:
+            engine.stop(drain_timeout_s=0)
         registry.close()
         raise
     watcher = Watcher(registry, settings.watch) if settings.watch else None

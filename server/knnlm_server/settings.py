@@ -75,8 +75,17 @@ class ServerSettings(BaseSettings):
     )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
-    runtime: Literal["transformers"] = Field(default="transformers", description="What runs the LM.")
+    runtime: Literal["auto", "huggingface", "llamacpp"] = Field(
+        default="auto",
+        description="What runs the LM: huggingface, llamacpp (GGUF files, on a CPU), or auto: llamacpp for a GGUF file "
+        "where it is installed and neither a dtype nor a GPU is to be used.",
+    )
     dtype: str = Field(default="auto", description="Weights: auto, float32, bfloat16 or float16.")
+    weights: Literal["full", "int8"] = Field(
+        default="full",
+        description="full, or int8 for linear layers of int8 weights: on a CPU, faster, slightly worse; needs a "
+        "calibration of its own.",
+    )
     device: str = Field(default="auto", description="auto, cpu or cuda[:N].")
     key_tap: str | None = Field(
         default=None, description="Which activation is the key, as the datastores were built; by default the family's."
@@ -104,6 +113,13 @@ class ServerSettings(BaseSettings):
         description="Bound on the search results kept for contexts that come again, in bytes; 0 turns it off.",
     )
     step_tokens: int = Field(default=512, ge=1, description="Tokens of decoding and prefill per step.")
+    draft_tokens: int = Field(
+        default=8,
+        ge=0,
+        le=64,
+        description="Tokens of a draft at most that is read off a datastore and verified in one step, where that pays; "
+        "0 turns drafts off.",
+    )
     max_queued: int = Field(default=256, ge=0, description="Requests that may wait; one more is answered 503.")
     max_body_bytes: int = Field(default=32 << 20, ge=1024, description="Largest request body in bytes.")
     drain_timeout_s: float = Field(

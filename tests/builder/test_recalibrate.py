@@ -21,6 +21,9 @@ from knnlm_core.datastore.maintenance.compact import compact
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.datastore.segments import NewDocument
 from knnlm_core.errors import DatastoreBusy, DatastoreMismatch, DatastoreNotFound, EmptyCorpus, InvalidParameter
+from knnlm_core.lm.huggingface import HuggingFaceLM
+from knnlm_core.lm.tokenizer import Tokenizer
+from tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +121,14 @@ def test_a_version_without_held_out_text_says_so(built: BuildSettings) -> None:
     layout.write_current(built.output, "law", layout.Current(manifest.version, None))
     with pytest.raises(EmptyCorpus, match="keeps no held-out text to calibrate on; build it anew"):
         calibrate_with(tiny_lm(), settings_of(built), Recorder())
+
+
+def test_calibrating_with_int8_weights_is_another_calibration_that_says_so(built: BuildSettings) -> None:
+    before = layout.read_current(built.output, "law")
+    assert before.calibration is not None
+    assert read_calibration(built.output, "law", before.calibration).numerics == "float32"
+    rounded = HuggingFaceLM(tiny_model("llama"), Tokenizer(tiny_tokenizer()), name="tiny", weights="int8")
+    made = calibrate_with(rounded, settings_of(built, force=True), Recorder())
+    assert (made.numerics, made.id != before.calibration) == ("int8", True)
+    with pytest.raises(DatastoreMismatch, match="--weights full"):
+        made.require_numerics("law", tiny_lm().numerics)

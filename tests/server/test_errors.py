@@ -540,7 +540,7 @@ def test_a_datastore_is_described(live_server: LiveServer, published: Published)
     assert law.keys() == {
         "object", "name", "version", "generation", "revision", "state", "entries", "bytes", "unit", "documents",
         "learned_documents", "deleted_documents", "leases", "aliases", "follows_current", "previous", "self_test",
-        "model_fingerprint",
+        "key_drift", "model_fingerprint",
     }  # fmt: skip
     assert (law["version"], law["state"], law["leases"]) == (published.law_new, "ready", 0)
     check_error(live_server.http.get("/v1/datastores/nope"), 404, "datastore_not_found")

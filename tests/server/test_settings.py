@@ -101,7 +101,7 @@ def test_an_unknown_variable_is_refused_with_those_known(monkeypatch: pytest.Mon
         ("max_model_len", 1),
         ("drain_timeout_s", -1),
         ("threads", 0),
-        ("runtime", "llamacpp"),
+        ("runtime", "onnx"),
         ("log_level", "loud"),
         ("api_key", ""),
         ("admin_key", ""),

@@ -13,14 +13,18 @@ from knnlm_core.datastore.gate_file import GateTrees, read_trees, write_trees
 from knnlm_core.datastore.manifest import Digest16, Positive, read_json, validate, version_of
 from knnlm_core.datastore.sealed import check_seal, sealed_text
 from knnlm_core.durable import sync_folder, write_text
-from knnlm_core.errors import BuildConflict, DatastoreCorrupt
+from knnlm_core.errors import BuildConflict, DatastoreCorrupt, DatastoreMismatch
 from knnlm_core.trees import Trees
 
 MAX_CALIBRATION_BYTES = 4 * 1024 * 1024
 MAX_BUCKETS = 1024
 MAX_LAYER_WIDTH = 64
 
+NUMERICS = "numerics"  # in `protocol`: `CausalLM.numerics` of the LM that it was measured with
 PRACTICE_IDS = "practice_documents"  # in `protocol`: documents of the store that rules and gate were fitted on, too
+
+# Numerics that no calibration of others holds for. All others differ by rounding and are one class.
+_OWN_CLASS = frozenset({"int8"})
 
 LambdaModeName = Literal["fixed", "bucketed", "rrc", "learned"]
 GateModeName = Literal["always", "never", "every_n", "confidence", "automaton", "learned"]
@@ -157,6 +161,30 @@ class Calibration(BaseModel):
             raise ValueError("`gate_trees` and `learned_threshold` come together")
         return self
 
+    @property
+    def numerics(self) -> str | None:
+        """How the LM computed that it was measured with; None where that was not written down."""
+        found = self.protocol.get(NUMERICS)
+        return found if isinstance(found, str) else None
+
+    def require_numerics(self, name: str, running: str) -> None:
+        """Refuse an LM that computes otherwise than the one that the settings were measured with.
+
+        Args:   name: of the datastore. running: `CausalLM.numerics`.
+        Raises: DatastoreMismatch: saying how to calibrate for this LM.
+        """
+        measured = self.numerics
+        if measured is None or numerics_class(measured) == numerics_class(running):
+            return
+        raise DatastoreMismatch(
+            name,
+            field=NUMERICS,
+            have=measured,
+            need=running,
+            remedy=f"run `knnlm calibrate ROOT/{name} --model MODEL --weights "
+            f"{running if running in _OWN_CLASS else 'full'}`",
+        )
+
     def settings(self) -> dict[str, JsonValue]:
         """What requests use, by the names of the HTTP API."""
         return {
@@ -170,6 +198,11 @@ class Calibration(BaseModel):
             "learned_threshold": self.learned_threshold,
             "helps": self.helps,
         }
+
+
+def numerics_class(numerics: str) -> str:
+    """Numerics between which settings carry over: ``int8`` is alone, everything else is ``dense``."""
+    return numerics if numerics in _OWN_CLASS else "dense"
 
 
 def calibration_id(datastore_version: str, protocol: Mapping[str, JsonValue]) -> str:

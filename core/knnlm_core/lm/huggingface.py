@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from knnlm_core.errors import InvalidParameter, Overloaded, PromptTooLong, UnsupportedModel
+from knnlm_core.lm.attention import use_shared_heads
 from knnlm_core.lm.fingerprint import model_fingerprint
 from knnlm_core.lm.head import OutputHead
+from knnlm_core.lm.int8 import INT8, Weights, use_int8_weights
 from knnlm_core.lm.key_tap import find_key_tap
 from knnlm_core.lm.masks import MaskBuilder
 from knnlm_core.lm.prefix_cache import PrefixCache, PrefixCacheUse
@@ -36,6 +38,8 @@ class HuggingFaceLM:
         max_sequences: sequences held at once; 0 for a model that only encodes.
         kv_cache_bytes: bound on the KV cache, which may lower the number of sequences.
         prefix_cache_bytes: bound on what is kept of prompts' beginnings, beside the KV cache; 0 keeps nothing.
+        weights: ``full``, or ``int8`` to run the linear layers of a float32 model by `Int8Linear`. The model's identity
+            stays that of the weights given.
     Raises:
         UnsupportedModel: a check of `probe.py` or of the key tap fails.
         InvalidParameter: max_length beyond the model's, or no sequence fits kv_cache_bytes.
@@ -52,6 +56,7 @@ class HuggingFaceLM:
         max_sequences: int = 0,
         kv_cache_bytes: int = 4 << 30,
         prefix_cache_bytes: int = 0,
+        weights: Weights = "full",
     ) -> None:
         self._model = model
         self._body = model.base_model
@@ -59,6 +64,12 @@ class HuggingFaceLM:
         self.tokenizer = tokenizer
         config = model.config.get_text_config()
         self._max_length = _check_max_length(config, max_length)
+        fingerprint = model_fingerprint(model, config)
+        self._numerics = str(model.dtype).removeprefix("torch.")
+        if weights == INT8:
+            use_int8_weights(model)
+            self._numerics = INT8
+        use_shared_heads(model)
         self._head = OutputHead(model)
         self._tap = find_key_tap(self._body, config, key_tap)
         self._masks = MaskBuilder(config, model.dtype)
@@ -73,7 +84,7 @@ class HuggingFaceLM:
             self._prefixes = PrefixCache(self._cache, prefix_cache_bytes)
         key_dim, vocab_size = check_adapter(self, model)
         self._identity = LMIdentity(
-            model_fingerprint=model_fingerprint(model, config),
+            model_fingerprint=fingerprint,
             tokenizer_fingerprint=tokenizer.fingerprint,
             model_name=name,
             vocab_size=vocab_size,
@@ -108,8 +119,12 @@ class HuggingFaceLM:
         return self._prefixes.use if self._prefixes else PrefixCacheUse(0, 0, 0, 0)
 
     @property
+    def numerics(self) -> str:
+        return self._numerics
+
+    @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the weights are held in."""
+        """The dtype that the model computes in, and holds its weights in unless they are int8."""
         return self._model.dtype
 
     # -- sequences ---------------------------------------------------------------------------------------------------

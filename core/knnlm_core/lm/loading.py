@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,6 +19,9 @@ from knnlm_core.errors import InvalidParameter, KnnlmError, ModelLoadError, Mode
 from knnlm_core.lm.checkpoint import check_complete, first_line
 from knnlm_core.lm.gguf import load_gguf
 from knnlm_core.lm.huggingface import HuggingFaceLM
+from knnlm_core.lm.int8 import INT8, Weights
+from knnlm_core.lm.llamacpp_loading import LLAMACPP, choose_runtime, load_llamacpp
+from knnlm_core.lm.protocol import TextLM
 from knnlm_core.lm.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -32,9 +35,12 @@ class LoadOptions:
     """How to load a model.
 
     Attributes:
+        runtime: what runs the model: ``huggingface``, ``llamacpp`` (GGUF files, on a CPU), or ``auto``: llama.cpp for a
+            GGUF file where it is installed and neither a dtype, int8 weights nor a GPU is to be used.
         dtype: ``auto`` (float32 on a CPU, bfloat16 on a GPU), ``float32``, ``bfloat16`` or ``float16``.
         device: ``auto``, ``cpu`` or a CUDA device.
-        key_tap, max_length, max_sequences, kv_cache_bytes, prefix_cache_bytes: see `HuggingFaceLM`.
+        key_tap, max_length, max_sequences, kv_cache_bytes, prefix_cache_bytes: see `HuggingFaceLM`, `LlamaCppLM`.
+        weights: ``full``, or ``int8`` for linear layers of int8 weights, in float32 on a CPU.
         progress: show the loader's progress bar; for terminals.
     """
 
@@ -46,19 +52,27 @@ class LoadOptions:
     kv_cache_bytes: int = 4 << 30
     prefix_cache_bytes: int = 0
     progress: bool = False
+    weights: str = "full"
+    runtime: str = "huggingface"
 
 
-def load_lm(model: str, options: LoadOptions | None = None) -> HuggingFaceLM:
+def load_lm(model: str, options: LoadOptions | None = None) -> TextLM:
     """Load a causal LM from a hub id, a local folder or a GGUF file.
 
     Raises:
         ModelNotFound: no such path, or the hub has no such id or cannot be reached.
-        ModelLoadError: the files are there but do not load.
+        ModelLoadError: the files are there but do not load, or the runtime is not installed.
         UnsupportedModel: it loads, but a check of the adapter fails.
+        InvalidParameter: an option is out of bounds, or the runtime does not have it.
     """
     options = options or LoadOptions()
     device = _device(options.device)
+    if choose_runtime(model, options, device.type) == LLAMACPP:
+        with warnings.catch_warnings(), _progress_bars(options.progress):
+            warnings.simplefilter("ignore")
+            return load_llamacpp(model, options, name=model_name(model))
     dtype = _dtype(options.dtype, device)
+    weights = _weights(options.weights, dtype, device)
     with warnings.catch_warnings(), _progress_bars(options.progress):
         # Libraries' own deprecations while loading are not the user's to mend.
         warnings.simplefilter("ignore")
@@ -73,10 +87,12 @@ def load_lm(model: str, options: LoadOptions | None = None) -> HuggingFaceLM:
         max_sequences=options.max_sequences,
         kv_cache_bytes=options.kv_cache_bytes,
         prefix_cache_bytes=options.prefix_cache_bytes,
+        weights=weights,
     )
     logger.info(
-        "model loaded name=%s dtype=%s device=%s key_tap=%s sequences=%d fingerprint=%s",
-        lm.identity.model_name, dtype, device, lm.identity.key_tap, lm.num_sequences, lm.identity.model_fingerprint,
+        "model loaded name=%s numerics=%s device=%s key_tap=%s sequences=%d fingerprint=%s",
+        lm.identity.model_name, lm.numerics, device, lm.identity.key_tap, lm.num_sequences,
+        lm.identity.model_fingerprint,
     )  # fmt: skip
     return lm
 
@@ -157,3 +173,15 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in _DTYPES:
         raise InvalidParameter(f"`dtype` must be auto, {', '.join(_DTYPES)}; got {name!r}", param="dtype")
     return _DTYPES[name]
+
+
+def _weights(name: str, dtype: torch.dtype, device: torch.device) -> Weights:
+    if name not in get_args(Weights):
+        raise InvalidParameter(f"`weights` must be full or int8, got {name!r}", param="weights")
+    weights = cast(Weights, name)
+    if weights == INT8 and (device.type != "cpu" or dtype != torch.float32):
+        raise InvalidParameter(
+            f"`weights` can be int8 in float32 on a CPU only, got {str(dtype).removeprefix('torch.')} on {device}",
+            param="weights",
+        )
+    return weights

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from knnlm_core.errors import UnsupportedModel
+from knnlm_core.lm.attention import SDPA, SHARED_HEADS
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -31,13 +32,14 @@ class MaskBuilder:
             kinds = {SLIDING if uses_window else FULL}
         self._kinds = sorted(kinds)
         self._window: int | None = window
-        # Eager attention adds the mask to the scores; the others take booleans.
-        self._additive = dtype if config._attn_implementation == "eager" else None
+        # Eager attention adds the mask to the scores; `sdpa` would turn booleans into such a mask in every layer.
+        self._additive = dtype if config._attn_implementation in ("eager", SDPA, SHARED_HEADS) else None
 
     def __call__(self, lengths: Tensor, num_new: int, kv_length: int) -> Tensor | dict[str, Tensor]:
         """Masks for rows that hold ``lengths`` (B,) tokens and append ``num_new`` each.
 
-        Returns: (B, 1, T, kv_length), True where a query may look; or one such tensor per layer type.
+        Returns: (B, 1, T, kv_length), zero where a query may look and the lowest number elsewhere, for other kinds of
+            attention True where it may look; or one such tensor per layer type.
         """
         query = (lengths[:, None] + torch.arange(num_new, device=lengths.device))[:, None, :, None]  # (B, 1, T, 1)
         key = torch.arange(kv_length, device=lengths.device)

@@ -2,6 +2,7 @@
 
 A runtime owns its sequences (their KV cache is its own business) and answers, for the rows it is asked for, with the
 datastore key and the hidden state of that row; the output head is applied separately, to chosen rows, in chunks.
+A runtime that cannot keep the two apart (llama.cpp) gives the logits for the hidden state, and its head does nothing.
 Nothing here knows of datastores.
 """
 
@@ -9,11 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
 
 from knnlm_core.types import LMIdentity
+
+if TYPE_CHECKING:
+    from knnlm_core.lm.prefix_cache import PrefixCacheUse
+    from knnlm_core.lm.tokenizer import Tokenizer
 
 SequenceId = int
 
@@ -37,7 +42,7 @@ class Rows(NamedTuple):
     """Rows of a forward pass, in the order in which they were asked for."""
 
     keys: Tensor  # (R, D) float32, the datastore keys
-    hidden: Tensor  # (R, H) the head's input, in the model's own dtype
+    hidden: Tensor  # (R, H) what `CausalLM.logits` takes: the head's input, or the logits themselves if H = V
 
 
 class CausalLM(Protocol):
@@ -49,6 +54,11 @@ class CausalLM(Protocol):
     @property
     def identity(self) -> LMIdentity:
         """Which LM this is; what datastores are checked against."""
+        ...
+
+    @property
+    def numerics(self) -> str:
+        """How the LM computes, such as ``float32`` or ``int8``; what calibrations are checked against."""
         ...
 
     @property
@@ -117,10 +127,29 @@ class CausalLM(Protocol):
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the model's own output head: (R, H) → (R, V) float32.
 
-        The caller bounds R; `log_probs_of_targets` does so for many rows.
+        The caller bounds R; `log_probs_of_targets` does so for many rows. The result may be ``hidden`` itself.
         """
         ...
 
     def close(self) -> None:
         """Remove the key tap and release the KV cache."""
+        ...
+
+
+class TextLM(CausalLM, Protocol):
+    """A causal LM with the tokenizer that it came with, as `load_lm` returns it."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What turns text into its tokens."""
+        ...
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Bytes reserved for the KV cache."""
+        ...
+
+    @property
+    def prefix_cache_use(self) -> PrefixCacheUse:
+        """How much is kept of prompts' beginnings and has been spared."""
         ...

@@ -13,7 +13,7 @@ Rewinding a sequence is moving its length back: what lies behind it is masked an
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,14 +37,13 @@ class WritePlan:
 
     Attributes:
         slots: a slice of neighbouring slots (no copy) or a tensor of slot ids (a gathered copy).
-        slot_ids: (B, 1) int64, the slot of each row.
-        positions: (B, T) int64, where each new token is written.
+        places: KV heads → where each new token of each head is written, as rows of the layer's (rows, head size):
+            (B · heads · T,) int64. The same for every layer with as many heads.
         kv_length: how many positions attention looks at.
     """
 
     slots: slice | Tensor
-    slot_ids: Tensor
-    positions: Tensor
+    places: Mapping[int, Tensor]
     kv_length: int
 
 
@@ -60,6 +59,8 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         full = (cache.num_slots, heads, cache.capacity + 1, size)
         self.keys = reserve(full, dtype, device)
         self.values = reserve(full, dtype, device)
+        self._rows = self.keys.view(-1, size), self.values.view(-1, size)
+        self._heads, self._size = heads, size
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -68,9 +69,10 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         plan = self._cache.plan
         assert plan is not None, "forward without a write plan. This is a bug."
-        # (B, 1) × (B, T) index pairs address (B, T, heads, size)
-        self.keys[plan.slot_ids, :, plan.positions] = key_states.transpose(1, 2)
-        self.values[plan.slot_ids, :, plan.positions] = value_states.transpose(1, 2)
+        # Whole rows of one flat tensor: indexing slots and positions at once takes twice as long.
+        places = plan.places[self._heads]
+        for rows, states in zip(self._rows, (key_states, value_states), strict=True):
+            rows.index_copy_(0, places, states.reshape(-1, self._size))
         return self.keys[plan.slots, :, : plan.kv_length], self.values[plan.slots, :, : plan.kv_length]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -104,6 +106,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.num_slots = num_slots
         self.capacity = capacity
         self.plan: WritePlan | None = None
+        self._head_counts = {heads for heads, _ in layer_shapes}
         super().__init__(layers=[_SlotLayer(self, shape, dtype, device) for shape in layer_shapes])
 
     @property
@@ -128,12 +131,19 @@ class SlotCache(Cache):  # type: ignore[misc]
         counts = torch.tensor(num_new, device=device)[:, None]
         positions = torch.where(offsets < counts, starts + offsets, self.capacity)
         ids = torch.tensor(slot_ids, device=device)
+        # Slots, their heads and their positions lie in this order: see `_SlotLayer`.
+        places = {
+            heads: (
+                (ids[:, None, None] * heads + torch.arange(heads, device=device)[:, None]) * (self.capacity + 1)
+                + positions[:, None]
+            ).flatten()
+            for heads in self._head_counts
+        }
         first, last = min(slot_ids), max(slot_ids)
         in_order = list(slot_ids) == list(range(first, last + 1))
         return WritePlan(
             slots=slice(first, last + 1) if in_order else ids,
-            slot_ids=ids[:, None],
-            positions=positions,
+            places=places,
             kv_length=max(length + new for length, new in zip(lengths, num_new, strict=True)),
         )
 

@@ -40,7 +40,7 @@ from knnlm_builder.stages.plan import Plan, PlannedDocument
 from knnlm_builder.stages.practice import MAX_SHARE, Practice
 from knnlm_builder.stages.practice import MAX_TOKENS as PRACTICE_TOKENS
 from knnlm_builder.stages.walked import Held
-from knnlm_core.datastore.calibration import PRACTICE_IDS, Calibration, LambdaModeName, calibration_id
+from knnlm_core.datastore.calibration import NUMERICS, PRACTICE_IDS, Calibration, LambdaModeName, calibration_id
 from knnlm_core.datastore.gate_file import describe
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.knn.gates import GATE_FEATURES
@@ -91,6 +91,7 @@ def calibrate(
     reporter: Reporter,
     practice: Practice | None = None,
     budget_ms: float | None = None,
+    numerics: str,
 ) -> Calibrated:
     """Choose k and τ for one version, λ or a rule for it, and a gate.
 
@@ -100,6 +101,7 @@ def calibrate(
     Args:
         practice: more text to fit rules and the gate on.
         budget_ms: milliseconds of retrieval per token that the gate must keep to; None searches always.
+        numerics: of the LM that ``queries`` were encoded with.
     Raises: InvalidParameter: no gate keeps to the budget.
     """
     k = min(MAX_K, datastore.entries)
@@ -172,6 +174,7 @@ def calibrate(
         # What was measured here and now is an input of the choice.
         "cost_ms": gates.cost and {"search": gates.cost.search, "decision": gates.cost.decision},
         "bootstrap_block_tokens": BLOCK_TOKENS,
+        NUMERICS: numerics,
         "seed": seed,
     }
     calibration = Calibration(

@@ -30,6 +30,7 @@ def render_card(status: DatastoreStatus) -> dict[str, Any]:
         "follows_current": status.served.follows_current,
         "previous": status.served.previous,
         "self_test": self_test._asdict() if self_test.queries else None,
+        "key_drift": status.drift.ratio if status.drift is not None else None,
         "calibration": _render_calibration(datastore.calibration) if datastore.calibration is not None else None,
         "model_fingerprint": manifest.lm.model_fingerprint,
     }

@@ -9,7 +9,7 @@ from fastapi import Request
 
 from knnlm_core.datastore.snapshot import Snapshot
 from knnlm_core.errors import NotReady, ShuttingDown
-from knnlm_core.lm.huggingface import HuggingFaceLM
+from knnlm_core.lm.protocol import TextLM
 from knnlm_core.lm.tokenizer import Tokenizer
 from knnlm_core.query_cache import Cached, QueryCache
 from knnlm_core.retrieval import Searchable
@@ -25,7 +25,7 @@ from knnlm_server.settings import ServerSettings
 class Backend:
     """What exists once the model is loaded."""
 
-    lm: HuggingFaceLM
+    lm: TextLM
     tokenizer: Tokenizer
     engine: Engine
     registry: Registry

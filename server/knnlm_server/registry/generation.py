@@ -9,6 +9,7 @@ from knnlm_core.datastore.canaries import SelfTest
 from knnlm_core.datastore.living import LivingName
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.datastore.snapshot import Snapshot
+from knnlm_core.drift import Drift
 
 
 @dataclass(slots=True, eq=False)
@@ -18,6 +19,7 @@ class Generation:
     Attributes:
         living: what the name has learned and deleted; shared by its generations.
         snapshot: what a request that begins now sees; replaced whenever something is learned or deleted.
+        drift: of the running LM's keys from the version's; None where nothing could be said.
         retired: the name means another generation, or none.
     """
 
@@ -26,6 +28,7 @@ class Generation:
     snapshot: Snapshot
     number: int
     self_test: SelfTest
+    drift: Drift | None = None
     leases: int = 0
     retired: bool = False
 

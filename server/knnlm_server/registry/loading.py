@@ -38,13 +38,22 @@ class Loader:
         identity: of the running LM; a version that does not fit it is refused.
         verified: folder that remembers which versions were read in full and tested on this machine; None compares
             sizes only, and remembers in memory what was tested.
+        numerics: of the running LM; None does not ask what a calibration was measured with.
     """
 
-    def __init__(self, root: Path, identity: LMIdentity, budget: Budget, verified: Path | None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        identity: LMIdentity,
+        budget: Budget,
+        verified: Path | None,
+        numerics: str | None = None,
+    ) -> None:
         self._root = root
         self._identity = identity
         self._budget = budget
         self._verified = verified
+        self._numerics = numerics
         self._tested: set[Path] = set()
 
     def prepare(self, name: str, version: str | None, report: StageProgress) -> Prepared:
@@ -60,6 +69,8 @@ class Loader:
             taken = 0
             try:
                 datastore.require_fits(self._identity)
+                if datastore.calibration is not None and self._numerics is not None:
+                    datastore.calibration.require_numerics(name, self._numerics)
                 check_rules(datastore.calibration, name)
                 self._budget.take(f"datastore {name!r} version {datastore.version}", datastore.num_bytes)
                 taken = datastore.num_bytes

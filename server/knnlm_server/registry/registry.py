@@ -157,12 +157,13 @@ class Registry:
             report: gets the load's progress; may raise to end it.
         Raises:
             DatastoreNotFound: no such name or version under the root.
-            DatastoreMismatch: built for another LM.
+            DatastoreMismatch: built for another LM, or the running one's keys have drifted too far from the stored.
             DatastoreCorrupt: a file contradicts the manifest, or the self-test fails.
             DatastoreBudget: too many bytes.
             DatastoreBusy: another load or unload of the name is under way.
             InvalidParameter, DatastoreConflict: an alias cannot be one.
             ShuttingDown: the registry was closed meanwhile.
+            Overloaded, EngineFailure: no keys can be had to compare with a version's at its first load.
         """
         name = self._check_name(name)
         with self._turn(name):

@@ -5,12 +5,15 @@ prepare (seconds to minutes)  →  commit: state file, table (milliseconds)  →
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from knnlm_core.datastore.living import LivingName
 from knnlm_core.datastore.maintenance.stages import StageProgress
+from knnlm_core.datastore.snapshot import Snapshot
+from knnlm_core.drift import Drift, require_small
 from knnlm_core.errors import DatastoreBusy, ShuttingDown
 from knnlm_core.types import LMIdentity
 from knnlm_server.registry.budget import Budget
@@ -26,6 +29,8 @@ from knnlm_server.registry.state_file import StateFile
 from knnlm_server.registry.table import DatastoreStatus, Table
 from knnlm_server.registry.turns import Turns
 
+logger = logging.getLogger(__name__)
+
 
 class Swaps:
     """Changes table and file of state together. Thread-safe; changes of one name must take turns.
@@ -39,7 +44,9 @@ class Swaps:
         self.turns = Turns()  # whoever loads or unloads a name, or removes versions of it, has its turn
         self.budget = Budget(config.max_bytes, lambda: self.livings.num_bytes)
         self.state = StateFile(config.state)
-        self._loader = Loader(root, identity, self.budget, config.verified)
+        self._loader = Loader(root, identity, self.budget, config.verified, config.numerics)
+        self._measure_drift = config.drift
+        self._drifts: dict[Path, Drift | None] = {}  # a version never changes, nor does the LM
         self._retention = Retention(root, config.keep_versions)
         self._closer = Closer(self._close)
         self.table = Table(self.state.open(), self._closer.close)
@@ -60,9 +67,10 @@ class Swaps:
             living = self.livings.use(name)
             try:
                 living.refresh()
-                living.snapshot(prepared.datastore)  # reads what was learned: the commit need not
+                snapshot = living.snapshot(prepared.datastore)  # reads what was learned: the commit need not
+                drift = self._drift(snapshot)
                 report(Stage.SWAP, 0, 1)
-                return self._commit(prepared, living, follows_current=version is None, labels=labels)
+                return self._commit(prepared, drift, living, follows_current=version is None, labels=labels)
             except BaseException:
                 living.detach(prepared.datastore)
                 self.livings.leave(name)
@@ -112,8 +120,30 @@ class Swaps:
         self._closer.stop()
         self.state.close()
 
+    def _drift(self, snapshot: Snapshot) -> Drift | None:
+        """How far the running LM's keys are from the version's; None where nothing can be said.
+
+        Raises: DatastoreMismatch: too far.
+        """
+        folder = snapshot.datastore.folder
+        if self._measure_drift is None:
+            return None
+        if folder in self._drifts:
+            return self._drifts[folder]
+        drift = self._measure_drift(snapshot)
+        if drift is None:
+            logger.info("keys not compared name=%s version=%s: no canaries or no text", snapshot.name, snapshot.version)
+        else:
+            require_small(snapshot.name, drift)
+            logger.info(
+                "keys compared name=%s version=%s drift=%.2g distance=%.3g nearest=%.3g keys=%d",
+                snapshot.name, snapshot.version, drift.ratio, drift.distance, drift.nearest, drift.keys,
+            )  # fmt: skip
+        self._drifts[folder] = drift
+        return drift
+
     def _commit(
-        self, prepared: Prepared, living: LivingName, *, follows_current: bool, labels: Labels
+        self, prepared: Prepared, drift: Drift | None, living: LivingName, *, follows_current: bool, labels: Labels
     ) -> tuple[DatastoreStatus, bool]:
         datastore, self_test = prepared
         name = datastore.name
@@ -122,7 +152,7 @@ class Swaps:
             serving = self.table.serving.with_loaded(name, datastore.version, follows_current=follows_current)
             serving = serving.with_labels(name, labels)
             snapshot = living.snapshot(datastore)
-            generation = Generation(datastore, living, snapshot, serving.names[name].generation, self_test)
+            generation = Generation(datastore, living, snapshot, serving.names[name].generation, self_test, drift)
             # Written first, so that no number is given twice, whenever the server dies.
             self.state.write(serving)
             return self.table.retarget(generation, serving)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from knnlm_core.datastore.canaries import SelfTest
 from knnlm_core.datastore.snapshot import Snapshot
+from knnlm_core.drift import Drift
 from knnlm_core.errors import DatastoreBusy, DatastoreNotFound
 from knnlm_server.registry.generation import Generation, Lease
 from knnlm_server.registry.serving import ServedName, Serving
@@ -30,6 +31,7 @@ class DatastoreStatus(NamedTuple):
     served: ServedName
     aliases: tuple[str, ...]
     self_test: SelfTest
+    drift: Drift | None
 
     @property
     def name(self) -> str:
@@ -184,6 +186,7 @@ class Table:
             served=self._serving.names[name],
             aliases=self._serving.aliases_of(name),
             self_test=generation.self_test,
+            drift=generation.drift,
         )
 
     def _retire(self, generation: Generation | None) -> list[Generation]:

@@ -1,4 +1,4 @@
-"""Writes a tiny Llama as a GGUF file, weights in float32: what a conversion tool does, without any quantisation."""
+"""Writes a tiny Llama or Qwen as a GGUF file, weights in float32: what a conversion tool does, without quantisation."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+_ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+}
+
 
 def write_gguf(path: Path, model: Any, tokenizer: Any) -> Path:
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -27,14 +33,14 @@ def write_gguf(path: Path, model: Any, tokenizer: Any) -> Path:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     _add_tokenizer(writer, tokenizer, config.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(_ARCHITECTURES[config.model_type], config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         weights = tensor.float().numpy()
-        if ".q_proj." in name:
+        if config.model_type == "llama" and ".q_proj." in name:
             weights = _interleave(weights, config.num_attention_heads)
-        elif ".k_proj." in name:
+        elif config.model_type == "llama" and ".k_proj." in name:
             weights = _interleave(weights, config.num_key_value_heads)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(weights))
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), np.ascontiguousarray(weights))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

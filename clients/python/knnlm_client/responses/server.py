@@ -88,6 +88,8 @@ class Datastore(ResponsePart):
         follows_current: whether it was loaded as `current`, and not as a version of its own.
         previous: the version that a rollback goes to.
         self_test: None for a version without canaries.
+        key_drift: how far the running LM's keys are from those stored, in distances to a nearest entry; None for a
+            version without canaries.
         calibration: what requests use that leave it open: `k`, `temperature`, `lambda`, `lambda_mode`, `gate`,
             `gate_threshold`; and how good it was.
     """
@@ -109,6 +111,7 @@ class Datastore(ResponsePart):
     follows_current: bool
     previous: str | None
     self_test: SelfTestReport | None
+    key_drift: float | None = None
     calibration: dict[str, Any] | None
     model_fingerprint: str
 

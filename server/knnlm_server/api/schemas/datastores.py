@@ -94,6 +94,11 @@ class DatastoreCard(BaseModel):
     follows_current: bool = Field(description="Whether it was loaded as `current`, and not as a version of its own.")
     previous: Digest16 | None = Field(description="The version that a rollback goes to.")
     self_test: SelfTestReport | None = Field(description="Null for a version without canaries.")
+    key_drift: float | None = Field(
+        ge=0,
+        description="Mean squared distance of keys that the running LM makes to those stored, divided by the median of "
+        "a canary to its nearest entry; null for a version without canaries.",
+    )
     calibration: CalibrationReport | None
     model_fingerprint: str = Field(description="Of the LM that the keys were made with.")
 
