@@ -153,8 +153,8 @@ def start(stack: ExitStack, model: str, store: Path, work: Path, gguf: Sequence[
     modes: dict[str, tuple[int, dict[str, Any]]] = {
         "base LM": (0, {"model": MODEL}),
         "kNN always": (0, {"model": f"{MODEL}@{store.name}", "knn": {"gate": "always"}}),
-        "kNN gated": (0, {"model": f"{MODEL}@{store.name}"}),
-        "kNN gated, drafts": (8, {"model": f"{MODEL}@{store.name}"}),
+        "kNN gated": (0, {"model": f"{MODEL}@{store.name}", "knn": {"gate": "learned"}}),
+        "kNN gated, drafts": (8, {"model": f"{MODEL}@{store.name}", "knn": {"gate": "learned"}}),
     }
     port = PORT
     for path in (model, *gguf):

@@ -8,8 +8,8 @@ Greedy, 64 tokens after 64 tokens of prompt, one stream and four. Prompts:
     stored      training pages that the store holds, from their 100th token on
     other       WikiText-2 test articles: another domain
 
-Modes take turns prompt by prompt, so that a drifting machine hits all of them alike; ratios are of summed times. λ, k,
-gate and threshold are the store's calibrated ones. What a guess is worth and what a pass costs is learned on the way,
+Modes take turns prompt by prompt, so that a drifting machine hits all of them alike; ratios are of summed times. λ and k
+are the store's calibrated ones, and the gate is the learned one at its default threshold. What a guess is worth and what a pass costs is learned on the way,
 from nothing, as on a server that has just started. Equality: 200 prompts, 32 tokens each, greedy and sampled with a
 seed, drafts on and off; where two answers part, the difference of the two tokens' log-probabilities is shown.
 """
@@ -129,7 +129,7 @@ def measure(lm: TextLM, store: Datastore, kinds: dict[str, list[Prompt]], pages:
         raise SystemExit("the store needs a calibration")
     source = Source(store, calibration.k, calibration.knn_temperature, calibration.lmbda)
     source = with_lambda_mode(source, calibration, None, store.name)
-    gated = Retrieval((with_gate(source, calibration, store.gate_trees, None, store.name),))
+    gated = Retrieval((with_gate(source, calibration, store.gate_trees, ("learned", None), store.name),))
     always = Retrieval((source,))
     engines = {drafts: Engine(lm, (), EngineConfig(draft_tokens=drafts)) for drafts in (0, EngineConfig().draft_tokens)}
     off, on = engines.values()
