@@ -8,11 +8,11 @@ Greedy, 64 tokens after 64 tokens of prompt, one stream and four. Prompts:
     stored      training pages that the store holds, from their 100th token on
     other       WikiText-2 test articles: another domain
 
-Modes take turns prompt by prompt, so that a drifting machine hits all of them alike; ratios are of summed times. λ and k
-are the store's calibrated ones, and the gate is the learned one at its default threshold. What a guess is worth and what
-a pass costs is learned on the way, from nothing, as on a server that has just started. Equality: 200 prompts, 32 tokens
-each, greedy and sampled with a seed, drafts on and off; where two answers part, the difference of the two tokens'
-log-probabilities is shown.
+Modes take turns prompt by prompt, so that a drifting machine hits all of them alike; ratios are of summed times. λ and
+k are the store's calibrated ones, and the gate is the learned one at its default threshold. What a guess is worth and
+what a pass costs is learned on the way, from nothing, as on a server that has just started. Equality: 200 prompts, 32
+tokens each, greedy and sampled with a seed, drafts on and off; where two answers part, the difference of the two
+tokens' log-probabilities is shown.
 """
 
 from __future__ import annotations
