@@ -28,7 +28,7 @@ from knnlm_core.lm.loading import LoadOptions, load_lm
 from knnlm_core.retrieval import Retrieval, Source, with_gate, with_lambda_mode
 from knnlm_core.types import EntryRange, Neighbors
 from knnlm_server.engine.detokenizer import IncrementalDetokenizer
-from knnlm_server.engine.engine import Engine
+from knnlm_server.engine.engine import Engine, EngineConfig
 from knnlm_server.engine.request import Choice, CompletionRequest
 from knnlm_server.engine.sampling_params import SamplingParams
 from knnlm_server.engine.stopping import StopMatcher
@@ -119,7 +119,7 @@ def measure(lm: HuggingFaceLM, store: Datastore, prompts: list[list[int]]) -> di
     mixture.ask = timed(mixture.ask)
     step.advance_walks = timed(step.advance_walks)
     modes = retrievals(store)
-    engine = Engine(lm, ())
+    engine = Engine(lm, (), EngineConfig(draft_tokens=0))
     engine.start()
     rows: dict[str, dict[int, list[dict[str, float]]]] = {mode: {n: [] for n in STREAMS} for mode in modes}
     one_round(engine, lm, prompts[:1], None)

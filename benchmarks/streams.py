@@ -18,7 +18,7 @@ from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.loading import LoadOptions, load_lm
 from knnlm_core.retrieval import Retrieval, Source
 from knnlm_server.engine.detokenizer import IncrementalDetokenizer
-from knnlm_server.engine.engine import Engine
+from knnlm_server.engine.engine import Engine, EngineConfig
 from knnlm_server.engine.request import Choice, CompletionRequest
 from knnlm_server.engine.sampling_params import SamplingParams
 from knnlm_server.engine.stopping import StopMatcher
@@ -40,7 +40,7 @@ def main() -> None:
         assert store.calibration is not None
         c = store.calibration
         modes["knn"] = Retrieval((Source(store, c.k, c.knn_temperature, c.lmbda),))
-    engine = Engine(lm, ())
+    engine = Engine(lm, (), EngineConfig(draft_tokens=0))
     engine.start()
     rates: dict[str, dict[int, list[float]]] = {mode: {n: [] for n in STREAMS} for mode in modes}
     _round(engine, lm, 1, None)
