@@ -22,7 +22,7 @@ from torch import Tensor
 
 from knnlm_core.datastore.canaries import canaries_of
 from knnlm_core.datastore.snapshot import Snapshot
-from knnlm_core.errors import DatastoreMismatch
+from knnlm_core.errors import DatastoreMismatch, DocumentNotFound
 from knnlm_core.lm.tokenizer import Tokenizer
 from knnlm_core.windows import WindowSizes
 
@@ -34,6 +34,7 @@ MAX_TOKENS = 48  # of each, BOS included: 376 keys in all, within a second
 MAX_DRIFT = 0.1
 _CHARACTERS_PER_TOKEN = 64  # read of a text at first; a text that needs more gives fewer keys
 _MIN_KEYS = 8
+_CANDIDATES = 4 * MAX_DOCUMENTS  # looked at; some are of no use
 
 # Token ids of several texts and how they are cut → (T − 1, D) keys of each, by the path that builds.
 Encode = Callable[[Sequence[NDArray[np.int32]], WindowSizes], Sequence[NDArray[np.float32]]]
@@ -95,11 +96,23 @@ def _rounded(value: float) -> float:
 
 def _passages(datastore: Snapshot, tokenizer: Tokenizer) -> Iterator[_Passage]:
     version = datastore.datastore
-    ids = [each for each in datastore.document_ids() if datastore.document_entries(each).stop <= version.entries]
-    count = min(MAX_DOCUMENTS, len(ids))
-    for document_id in (ids[number * len(ids) // count] for number in range(count)):
-        first, stop = datastore.document_entries(document_id)
-        text = datastore.document(document_id).text[: MAX_TOKENS * _CHARACTERS_PER_TOKEN]
+    ids = datastore.document_ids()
+    count = min(_CANDIDATES, len(ids))
+    rounds = _CANDIDATES // MAX_DOCUMENTS  # each of them evenly spread over the store
+    taken = 0
+    for number in sorted(range(count), key=lambda number: (number % rounds, number)):
+        if taken == MAX_DOCUMENTS:
+            break
+        document_id = ids[number * len(ids) // count]
+        try:
+            first, stop = datastore.document_entries(document_id)
+            whole = datastore.document(document_id).text
+        except DocumentNotFound:  # deleted in this moment
+            continue
+        if stop > version.entries:  # learned since, by the LM that runs
+            continue
+        taken += 1
+        text = whole[: MAX_TOKENS * _CHARACTERS_PER_TOKEN]
         token_ids = tokenizer.encode_with_spans(text).token_ids[: min(MAX_TOKENS, stop - first + 1)]
         if len(token_ids) < 2:
             continue

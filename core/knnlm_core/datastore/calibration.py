@@ -23,6 +23,7 @@ MAX_LAYER_WIDTH = 64
 NUMERICS = "numerics"  # in `protocol`: `CausalLM.numerics` of the LM that it was measured with
 PRACTICE_IDS = "practice_documents"  # in `protocol`: documents of the store that rules and gate were fitted on, too
 
+DENSE = "dense"
 # Numerics that no calibration of others holds for. All others differ by rounding and are one class.
 _OWN_CLASS = frozenset({"int8"})
 
@@ -170,16 +171,18 @@ class Calibration(BaseModel):
     def require_numerics(self, name: str, running: str) -> None:
         """Refuse an LM that computes otherwise than the one that the settings were measured with.
 
+        Where that was not written down it was dense: there was nothing else then.
+
         Args:   name: of the datastore. running: `CausalLM.numerics`.
         Raises: DatastoreMismatch: saying how to calibrate for this LM.
         """
         measured = self.numerics
-        if measured is None or numerics_class(measured) == numerics_class(running):
+        if numerics_class(measured or DENSE) == numerics_class(running):
             return
         raise DatastoreMismatch(
             name,
             field=NUMERICS,
-            have=measured,
+            have=measured or DENSE,
             need=running,
             remedy=f"run `knnlm calibrate ROOT/{name} --model MODEL --weights "
             f"{running if running in _OWN_CLASS else 'full'}`",
@@ -202,7 +205,7 @@ class Calibration(BaseModel):
 
 def numerics_class(numerics: str) -> str:
     """Numerics between which settings carry over: ``int8`` is alone, everything else is ``dense``."""
-    return numerics if numerics in _OWN_CLASS else "dense"
+    return numerics if numerics in _OWN_CLASS else DENSE
 
 
 def calibration_id(datastore_version: str, protocol: Mapping[str, JsonValue]) -> str:

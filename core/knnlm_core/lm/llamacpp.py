@@ -97,14 +97,14 @@ class LlamaCppLM:
             self._token_bytes = self._model.num_layers * self._model.cells_per_layer * (4 if exact else 2)
             self._num_sequences = self._count_sequences(max_sequences, kv_cache_bytes)
             windows = self._num_sequences + _WINDOWS_AT_ONCE
-            prefixes = range(windows, min(windows + _MAX_PREFIXES, MAX_SEQUENCES)) if self._num_sequences else ()
+            prefixes = range(windows, windows + _MAX_PREFIXES) if self._num_sequences else ()
             self._free = list(range(self._num_sequences))
             self._cells = self._max_length * (self._num_sequences + 1)
             self._prefixes = KeptPrefixes(prefixes, min(prefix_cache_bytes // self._token_bytes, self._cells))
             self._context = LlamaContext(
                 self._model,
                 cells=self._cells,
-                sequences=max(windows, *prefixes, 0) + 1,
+                sequences=windows + len(prefixes),
                 key_tap=key_tap,
                 threads=threads or torch.get_num_threads(),
                 exact=exact,
@@ -286,7 +286,7 @@ class LlamaCppLM:
                 f"{self._max_length} tokens, got {kv_cache_bytes}",
                 param="kv_cache_bytes",
             )
-        return min(wanted, fitting, MAX_SEQUENCES - _WINDOWS_AT_ONCE) if wanted else 0
+        return min(wanted, fitting, MAX_SEQUENCES - _WINDOWS_AT_ONCE - _MAX_PREFIXES) if wanted else 0
 
 
 def _check_max_length(limit: int, requested: int | None) -> int:

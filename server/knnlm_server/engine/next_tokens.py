@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from knnlm_core.drafts import find_leads
+from knnlm_core.drafts import NO_LEADS, find_leads
 from knnlm_core.errors import KnnlmError
 from knnlm_core.lm.protocol import CausalLM, Rows
 from knnlm_core.mixture import Found, MixedRows, advance_walks, mix_rows
@@ -155,8 +155,9 @@ def _draw(here: _Depth, eos_token_ids: Sequence[int], *, speculates: bool) -> li
     if not owners:
         return list(failures)
     of_row = torch.tensor([owner.row for owner in owners], device=here.keys.device)
-    # As without forks: nothing to copy.
-    log_probs = mixed.log_probs if len(owners) == len(wanted) else mixed.log_probs[of_row]
+    # As without forks and failures: nothing to copy.
+    is_whole = [owner.row for owner in owners] == list(range(len(wanted)))
+    log_probs = mixed.log_probs if is_whole else mixed.log_probs[of_row]
     tokens = sample(log_probs, [_sampling(owner) for owner in owners], eos_token_ids=eos_token_ids)
     if lost := _advance(owners, mixed.found, tokens.tolist()):
         failures += lost
@@ -229,7 +230,7 @@ def _lead(owners: Sequence[_Owner], found: Found, tokens: Sequence[int]) -> None
         leads = find_leads(found, rows, came, retrievals)
     except KnnlmError as error:  # drafts are not worth a failure: whoever searches that datastore next learns of it
         logger.error("no drafts: %s", error.message)
-        return
+        leads = [NO_LEADS] * len(led)
     for (owner, token, _), of_owner in zip(led, leads, strict=True):
         owner.choice.leads = of_owner if len(of_owner.entry_ids) else owner.choice.outlook.after(owner.came(token))
 

@@ -38,9 +38,11 @@ def test_int8_has_calibrations_of_its_own_and_the_error_says_how_to_make_one(
     calibration("int8").require_numerics("law", "int8")
 
 
-def test_a_calibration_that_does_not_say_is_taken() -> None:
+def test_a_calibration_that_does_not_say_is_of_dense_weights() -> None:
     assert calibration(None).numerics is None
-    calibration(None).require_numerics("law", "int8")
+    calibration(None).require_numerics("law", "bfloat16")
+    with pytest.raises(DatastoreMismatch, match="numerics is 'dense', the running model needs 'int8'"):
+        calibration(None).require_numerics("law", "int8")
 
 
 def test_numerics_are_part_of_what_a_calibration_is_named_by() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from engine_runs import Run, prompts, running_engine
+from live_server import Brake
 from scipy.stats import chisquare
 from small_trees import THRESHOLD, small_trees
 
@@ -281,6 +282,26 @@ def test_a_search_that_fails_behind_a_draft_takes_its_own_request_along(
     assert runs[0].tokens() == plain[0].tokens()[:6]
     assert_same(runs[1], plain[1])
     assert lm.num_free_sequences == lm.num_sequences
+
+
+def test_a_fork_beside_a_request_that_fails_draws_from_its_own_row(
+    running: tuple[Engine, HuggingFaceLM], law: Datastore
+) -> None:
+    engine, lm = running
+    first, second = prompts(2, seed=9)
+    twice = replace(GREEDY, max_tokens=4, n=2)
+    alone = new_run(lm, second, twice, None)
+    engine.submit(alone.request)
+    alone.wait()
+    failing = new_run(lm, first, GREEDY, Retrieval((Source(FailsAt(law, call=2), 12, 20.0, 0.6),)))
+    forked = new_run(lm, second, twice, None)
+    with Brake(lm) as brake:
+        engine.submit(failing.request)
+        brake.wait_held()
+        engine.submit(forked.request)  # its prompt is read in the step in which the other one's search fails
+    failing.wait_end()
+    assert isinstance(failing.error, DatastoreCorrupt)
+    assert [forked.wait().tokens(choice) for choice in (0, 1)] == [alone.tokens(0)] * 2
 
 
 def test_samples_are_distributed_as_without_drafts(running: tuple[Engine, HuggingFaceLM], law: Datastore) -> None:
