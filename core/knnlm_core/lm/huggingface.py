@@ -24,6 +24,7 @@ from knnlm_core.types import LMIdentity
 
 DEFAULT_MAX_LENGTH = 8192  # a slot is reserved whole: the longest contexts must be asked for
 _MAX_PADDING = 1.25  # padded tokens per real token in one pass
+_FREE_PADDING = 16  # tokens of padding that cost less than one more pass
 
 
 class HuggingFaceLM:
@@ -290,7 +291,8 @@ def _groups(lengths: Sequence[int]) -> Iterator[list[int]]:
     group: list[int] = []
     real = 0
     for i in order:
-        if group and lengths[i] * (len(group) + 1) > _MAX_PADDING * (real + lengths[i]):
+        together = real + lengths[i]
+        if group and lengths[i] * (len(group) + 1) > max(_MAX_PADDING * together, together + _FREE_PADDING):
             yield group
             group, real = [], 0
         group.append(i)

@@ -195,7 +195,7 @@ class Engine:
                     self._keep(chunk.request, chunk.request.choices[0])
             for outcome in step.outcomes:
                 self._take(outcome)
-            speculator.learn_cost(batch, step.pass_seconds)
+            speculator.learn_cost(batch, step.pass_seconds, step.draw_seconds)
             for decode, count in zip(batch.decodes, before, strict=True):
                 speculator.learn(decode.choice, decode.choice.token_ids[count:])
         except Exception as error:

@@ -117,6 +117,7 @@ class Speculator:
         self._most_rows = most_rows
         self._acceptance = Acceptance()
         self._costs = PassCosts()
+        self._draws: deque[float] = deque([0.0], maxlen=_COST_PASSES)  # seconds
 
     def draft(self, batch: Batch, eos_token_ids: Sequence[int]) -> Batch:
         """The same batch with the drafts that pay."""
@@ -132,10 +133,12 @@ class Speculator:
         ]
         return batch._replace(decodes=decodes)
 
-    def learn_cost(self, batch: Batch, seconds: float) -> None:
-        """What the pass over a batch without prompts took."""
+    def learn_cost(self, batch: Batch, pass_seconds: float, draw_seconds: float) -> None:
+        """What a batch without prompts took: the pass itself, and after it each token of the longest row of them."""
         if batch.decodes and not batch.chunks:
-            self._costs.learn(len(batch.decodes) * (1 + max(len(decode.draft) for decode in batch.decodes)), seconds)
+            tokens = len(batch.decodes) * (1 + max(len(decode.draft) for decode in batch.decodes))
+            self._costs.learn(tokens, pass_seconds)
+            self._draws.append(draw_seconds)
 
     def learn(self, choice: Choice, tokens: Sequence[int]) -> None:
         """Hold the guesses that were made for a choice against the tokens that came."""
@@ -169,14 +172,16 @@ class Speculator:
 
     def _best_width(self, outlined: Sequence[Outlined]) -> int:
         """Tokens of the longest draft: where tokens expected per second of the pass are most."""
-        rows = len(outlined)
-        best, best_rate = 0, rows / self._costs.seconds(rows)
-        expected = float(rows)
+        rows, draw = len(outlined), statistics.median(self._draws)
+        best, best_rate = 0, rows / (self._costs.seconds(rows) + draw)
+        tokens, rounds = float(rows), 1.0  # expected; tokens at one depth are drawn together, one depth after the other
         for width in range(1, self.most + 1):
             if rows * (1 + width) > self._most_rows:
                 break
-            expected += sum(each.chances[width - 1] for each in outlined if len(each.chances) >= width)
-            rate = expected / self._costs.seconds(rows * (1 + width))
+            chances = [each.chances[width - 1] for each in outlined if len(each.chances) >= width]
+            tokens += sum(chances)
+            rounds += 1 - math.prod(1 - chance for chance in chances)
+            rate = tokens / (self._costs.seconds(rows * (1 + width)) + rounds * draw)
             if rate > best_rate:
                 best, best_rate = width, rate
         return best

@@ -45,6 +45,7 @@ class Step(NamedTuple):
 
     outcomes: list[Outcome]
     pass_seconds: float  # that the language model took for the rows that were sampled from
+    draw_seconds: float  # that mixing and sampling took, for each token of the choice that got most
 
 
 @torch.inference_mode()
@@ -69,16 +70,16 @@ def run_step(lm: CausalLM, batch: Batch, eos_token_ids: Sequence[int], speculate
     outcomes += [PromptRead(request) for request in plan.read if request not in failed]
     wanted = [row for row in plan.next if row.request not in failed]
     if not wanted:
-        return Step(outcomes, 0.0)
+        return Step(outcomes, 0.0, 0.0)
     rows = SampledRows.of(lm, output, wanted)
     pass_seconds = time.perf_counter() - begun
     outcomes += next_tokens(rows, wanted, eos_token_ids, speculates=speculates)
-    _rewind(lm, batch, outcomes)
-    return Step(outcomes, pass_seconds)
+    most = _rewind(lm, batch, outcomes)
+    return Step(outcomes, pass_seconds, (time.perf_counter() - begun - pass_seconds) / most)
 
 
-def _rewind(lm: CausalLM, batch: Batch, outcomes: Sequence[Outcome]) -> None:
-    """Forget the tokens of drafts that were not chosen."""
+def _rewind(lm: CausalLM, batch: Batch, outcomes: Sequence[Outcome]) -> int:
+    """Forget the tokens of drafts that were not chosen; returns how many tokens the choice got that got most, or 1."""
     came = Counter(id(outcome.choice) for outcome in outcomes if isinstance(outcome, NextToken))
     for _, choice, draft in batch.decodes:
         assert choice.sequence is not None
@@ -86,6 +87,7 @@ def _rewind(lm: CausalLM, batch: Batch, outcomes: Sequence[Outcome]) -> None:
         rejected = len(draft) - max(0, came[id(choice)] - 1)
         if rejected:
             lm.rewind(choice.sequence, lm.length(choice.sequence) - rejected)
+    return max(came.values(), default=1)
 
 
 class _ScoredRows(NamedTuple):

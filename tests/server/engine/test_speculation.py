@@ -26,11 +26,14 @@ from knnlm_core.knn.lambdas import Bucketed
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.retrieval import Retrieval, Source
 from knnlm_core.types import EntryRange, Neighbors
+from knnlm_server.engine.detokenizer import IncrementalDetokenizer
 from knnlm_server.engine.engine import Engine
 from knnlm_server.engine.events import TokenEvent, TokenTrace
+from knnlm_server.engine.request import Choice, CompletionRequest
 from knnlm_server.engine.sampling_params import SamplingParams
 from knnlm_server.engine.scheduler import Batch, Decode
 from knnlm_server.engine.speculation import Acceptance, Outlined, PassCosts, Speculator
+from knnlm_server.engine.stopping import StopMatcher
 
 MOST = 5
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
@@ -398,10 +401,11 @@ def test_chances_are_learned_from_guesses_like_it() -> None:
 
 @pytest.mark.parametrize("chances", list(product([0.0, 0.2, 0.7, 0.98], repeat=2)))
 @pytest.mark.parametrize("slope", [0.01, 0.1, 0.5, 1.0])
-def test_the_width_promises_the_most_tokens_per_second(chances: tuple[float, ...], slope: float) -> None:
+@pytest.mark.parametrize("draw", [0.0, 0.3, 3.0])
+def test_the_width_promises_the_most_tokens_per_second(chances: tuple[float, ...], slope: float, draw: float) -> None:
     speculator = Speculator(MOST, most_rows=12)
     for tokens in (1, 2, 6, 12) * 100:
-        speculator._costs.learn(tokens, 1 + slope * tokens)
+        speculator.learn_cost(decoding(tokens), 1 + slope * tokens, draw)
     outlined = [
         Outlined([Guess(1, 1.0, 1.0)] * length, [chance**i for i in range(1, length + 1)])
         for length, chance in zip((MOST, 3), chances, strict=True)
@@ -409,11 +413,24 @@ def test_the_width_promises_the_most_tokens_per_second(chances: tuple[float, ...
 
     def rate(width: int) -> float:
         tokens = 2 + sum(sum(each.chances[:width]) for each in outlined)
-        return tokens / speculator._costs.seconds(2 * (1 + width))
+        neither = [
+            (1 - chances[0] ** depth) * (1 - chances[1] ** depth if depth <= 3 else 1) for depth in range(1, width + 1)
+        ]
+        rounds = 1 + sum(1 - chance for chance in neither)
+        return tokens / (speculator._costs.seconds(2 * (1 + width)) + rounds * draw)
 
     best = max(range(MOST + 1), key=lambda width: (rate(width), -width))
     assert speculator._best_width(outlined) == best
     if max(chances) == 0.0:
         assert best == 0
-    if min(chances) > 0.9 and slope <= 0.1:
+    if min(chances) > 0.9 and slope <= 0.1 and draw == 0.0:
         assert best >= 3
+
+
+def decoding(count: int) -> Batch:
+    """A batch of choices that decode a token each."""
+    request = CompletionRequest(
+        "", [1], GREEDY, None, [], seed=0, emit=lambda event: None, on_end=lambda: None
+    )  # fmt: skip
+    choice = Choice(0, IncrementalDetokenizer(lambda ids: ""), StopMatcher(()))
+    return Batch([], [Decode(request, choice)] * count)
