@@ -28,3 +28,9 @@ def check_complete(source: str, info: Mapping[str, Any]) -> None:
 def first_line(error: Exception) -> str:
     """A library's error as one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def eos_token_ids(model: Any) -> tuple[int, ...]:
+    """Chat models end a turn with a token of their own, named in the generation config."""
+    eos = model.generation_config.eos_token_id if model.generation_config else None
+    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)

@@ -31,6 +31,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from knnlm_core.durable import sync_file, sync_folder
+from knnlm_core.lm.checkpoint import eos_token_ids
 from knnlm_core.lm.fingerprint import tokenizer_fingerprint
 from knnlm_core.lm.gguf import load_gguf
 from knnlm_core.lm.huggingface import HuggingFaceLM
@@ -127,9 +128,8 @@ def _read(path: Path) -> GgufReading:
     logger.info("reading model=%s to learn its fingerprint, once for each content of the file", path)
     model, raw_tokenizer = load_gguf(path, torch.float32)
     model.eval().requires_grad_(False)
-    eos = model.generation_config.eos_token_id if model.generation_config else None
-    eos_token_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-    lm = HuggingFaceLM(model, Tokenizer(raw_tokenizer, eos_token_ids=eos_token_ids), name=path.stem)
+    ends = eos_token_ids(model)
+    lm = HuggingFaceLM(model, Tokenizer(raw_tokenizer, eos_token_ids=ends), name=path.stem)
     known = lm.identity
     facts = GgufFacts(
         model_fingerprint=known.model_fingerprint,
@@ -138,7 +138,7 @@ def _read(path: Path) -> GgufReading:
         key_tap=known.key_tap,
         key_dim=known.key_dim,
         context_length=model.config.get_text_config().max_position_embeddings,
-        eos_token_ids=eos_token_ids,
+        eos_token_ids=ends,
     )
     ids = probe_ids(known.vocab_size, facts.context_length)
     rows = lm.encode([ids], [0])

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from knnlm_core.errors import InvalidParameter, KnnlmError, ModelLoadError, ModelNotFound
-from knnlm_core.lm.checkpoint import check_complete, first_line
+from knnlm_core.lm.checkpoint import check_complete, eos_token_ids, first_line
 from knnlm_core.lm.gguf import load_gguf
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.int8 import INT8, Weights
@@ -80,7 +80,7 @@ def load_lm(model: str, options: LoadOptions | None = None) -> TextLM:
     raw_model.eval().requires_grad_(False).to(device)
     lm = HuggingFaceLM(
         raw_model,
-        Tokenizer(raw_tokenizer, eos_token_ids=_eos_token_ids(raw_model)),
+        Tokenizer(raw_tokenizer, eos_token_ids=eos_token_ids(raw_model)),
         name=model_name(model),
         key_tap=options.key_tap,
         max_length=options.max_length,
@@ -147,12 +147,6 @@ def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
         raise
     except Exception as error:  # of any class: safetensors and tokenizers derive theirs from Exception itself
         raise ModelLoadError(f"{what} {source!r} does not load: {first_line(error)}", param="model") from error
-
-
-def _eos_token_ids(model: Any) -> tuple[int, ...]:
-    """Chat models end a turn with a token of their own, named in the generation config."""
-    eos = model.generation_config.eos_token_id if model.generation_config else None
-    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
 
 def _device(name: str) -> torch.device:
