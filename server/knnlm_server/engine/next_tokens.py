@@ -17,7 +17,7 @@ from torch import Tensor
 from knnlm_core.drafts import NO_LEADS, find_leads
 from knnlm_core.errors import KnnlmError
 from knnlm_core.lm.protocol import CausalLM, Rows
-from knnlm_core.mixture import Found, MixedRows, advance_walks, mix_rows
+from knnlm_core.mixture import Found, advance_walks, mix_rows
 from knnlm_server.engine.events import TokenTrace, TopTokens
 from knnlm_server.engine.request import Choice, CompletionRequest
 from knnlm_server.engine.sampler import SampleRow, sample, top_logprobs
@@ -164,11 +164,12 @@ def _draw(here: _Depth, eos_token_ids: Sequence[int], *, speculates: bool) -> li
         failed = {failure.request for failure in lost}
         kept = [i for i, owner in enumerate(owners) if owner.request not in failed]
         owners, of_row, tokens = [owners[i] for i in kept], of_row[kept], tokens[kept]
+        log_probs = log_probs[kept]
     if not owners:
         return list(failures)
     if speculates:
         _lead(owners, mixed.found, tokens.tolist())
-    return [*failures, *_collect(owners, of_row, tokens, here.lm_log_probs, mixed)]
+    return [*failures, *_collect(owners, of_row, tokens, here.lm_log_probs, log_probs, mixed.found)]
 
 
 def _sampling(owner: _Owner) -> SampleRow:
@@ -236,16 +237,14 @@ def _lead(owners: Sequence[_Owner], found: Found, tokens: Sequence[int]) -> None
 
 
 def _collect(
-    owners: Sequence[_Owner], of_row: Tensor, tokens: Tensor, lm_log_probs: Tensor, mixed: MixedRows
+    owners: Sequence[_Owner], of_row: Tensor, tokens: Tensor, lm_log_probs: Tensor, log_probs: Tensor, found: Found
 ) -> list[NextToken]:
     most = max(owner.request.params.logprobs or 0 for owner in owners)
-    chosen, top_ids, top_values = top_logprobs(mixed.log_probs[of_row], tokens, most)
+    chosen, top_ids, top_values = top_logprobs(log_probs, tokens, most)
     traced = [i for i, owner in enumerate(owners) if owner.request.trace_neighbors]
     requests = [owners[i].request for i in traced]
-    traces = dict(
-        zip(traced, trace_rows(traced, requests, of_row, tokens, chosen, lm_log_probs, mixed.found), strict=True)
-    )
-    searched, followed = (rows[of_row].tolist() for rows in (mixed.found.searched, mixed.found.followed))
+    traces = dict(zip(traced, trace_rows(traced, requests, of_row, tokens, chosen, lm_log_probs, found), strict=True))
+    searched, followed = (rows[of_row].tolist() for rows in (found.searched, found.followed))
     columns = zip(owners, tokens.tolist(), chosen.tolist(), top_ids.tolist(), top_values.tolist(), strict=True)
     result = []
     for i, (owner, token_id, log_prob, ids, values) in enumerate(columns):
