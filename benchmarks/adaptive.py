@@ -14,7 +14,8 @@ threshold are those of their own calibration: held-out and practice text of the 
 window 1024, stride 512, each token once; every search is made once, and the product's walks are replayed over what it
 found, so that all rows of the table are of the same tokens. Thresholds are swept; the points named in the claims are
 chosen by their share of searches saved alone. Intervals are block bootstraps over blocks of 128 tokens inside a text,
-2,000 resamples, of the change of perplexity against the same tokens with every search.
+2,000 resamples, of the change of perplexity against the same tokens with every search. The ways named in the claims are
+timed, see `wall_times`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ import strided_protocol
 import torch
 from common import arguments, read_rows, shuffled_train_rows, write_result
 from rich.progress import track
+from wall_times import wall_times
 
 from knnlm_builder.stages.compare_gates import GAINS, PERIODS
 from knnlm_builder.stages.fit import Evidence, bootstrap_gain
@@ -123,7 +125,11 @@ def measure(name: str, pair: Pair, model: str, data: Path, work: Path) -> None:
         build(name, pair, model, pair.train(name, data), work, root)
     with Datastore.open(root, strided_protocol.NAME if name == "postgresql" else name) as store:
         lm = load_lm(model, LoadOptions(pair.dtype, "auto", store.manifest.key.tap, progress=False))
-        table = score(lm, store, pair.texts(name, data))
+        texts = [ids for row in pair.texts(name, data) if len(ids := lm.tokenizer.encode(row["text"])) > 1]
+        ways = sources(store)
+        table = score(lm, store, texts, ways)
+        named = ["λ fixed", table["best"], *(point["setting"] for point in table["claims"].values())]
+        table["wall_time"] = wall_times(lm, texts, {"base": None, **{name: ways[name] for name in named}})
     result = {
         "claim": "half of the searches saved at no more than 2 % above the best perplexity with all; 70 % saved at or "
         "below plain kNN-LM with one λ and every search",
@@ -168,9 +174,8 @@ def sources(store: Datastore) -> dict[str, Source]:
     }
 
 
-def score(lm: HuggingFaceLM, store: Datastore, texts: Rows) -> dict[str, Any]:
+def score(lm: HuggingFaceLM, store: Datastore, texts: list[list[int]], ways: dict[str, Source]) -> dict[str, Any]:
     """All texts in every way."""
-    ways = sources(store)
     log_probs: dict[str, list[torch.Tensor]] = {name: [] for name in ("base", *ways)}
     outcomes: dict[str, list[torch.Tensor]] = {name: [] for name in ways}
     blocks: list[torch.Tensor] = []
@@ -239,15 +244,14 @@ def change(values: torch.Tensor, against: torch.Tensor, blocks: torch.Tensor) ->
     return {"change": -gain.gain, "low": -gain.high, "high": -gain.low}
 
 
-def list_groups(lm: HuggingFaceLM, store: Datastore, texts: Rows) -> Iterator[tuple[Held, torch.Tensor]]:
+def list_groups(lm: HuggingFaceLM, store: Datastore, texts: list[list[int]]) -> Iterator[tuple[Held, torch.Tensor]]:
     """Texts, some at a time: encoded, searched, whole texts as runs, and the bootstrap's block of each token."""
     calibration = store.calibration
     assert calibration is not None
     waiting: list[list[int]] = []
-    tokenised = [ids for row in texts if len(ids := lm.tokenizer.encode(row["text"])) > 1]
-    for number, ids in enumerate(tokenised):
+    for number, ids in enumerate(texts):
         waiting.append(ids)
-        if sum(map(len, waiting)) >= GROUP_TOKENS or number == len(tokenised) - 1:
+        if sum(map(len, waiting)) >= GROUP_TOKENS or number == len(texts) - 1:
             yield encode(lm, store, waiting, calibration.k)
             waiting = []
 
