@@ -12,10 +12,10 @@ Pairs of a store and texts of the same domain:
 Stores are built by `knnlm build` with its defaults (windows of 1024 tokens, stride 512); k, τ, rules, gate and default
 threshold are those of their own calibration: held-out and practice text of the training side. Texts are scored with
 window 1024, stride 512, each token once; every search is made once, and the product's walks are replayed over what it
-found, so that all rows of the table are of the same tokens. Thresholds are swept; the points named in the claims are
-chosen by their share of searches saved alone. Intervals are block bootstraps over blocks of 128 tokens inside a text,
-2,000 resamples, of the change of perplexity against the same tokens with every search. The ways named in the claims are
-timed, see `wall_times`.
+found, so that all rows of the table are of the same tokens. Walks begin anew every 1,024 tokens, as answers do.
+Thresholds are swept; the points named in the claims are chosen by their share of searches saved alone. Intervals are
+block bootstraps over blocks of 128 tokens inside a text, 2,000 resamples, of the change of perplexity against the same
+tokens with every search. The ways named in the claims are timed, see `wall_times`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 import strided_protocol
 import torch
-from common import arguments, read_rows, shuffled_train_rows, write_result
+from common import RESULTS, arguments, read_rows, shuffled_train_rows, write_result
 from rich.progress import track
 from wall_times import wall_times
 
@@ -54,6 +54,7 @@ from knnlm_core.types import Neighbors
 from knnlm_core.windows import rolling_windows
 
 WINDOW, STRIDE, BLOCK = 1024, 512, 128
+WALK = 1024
 SEARCH_ROWS = 2048
 GROUP_TOKENS = 60_000  # of texts whose neighbours are held at once
 CONFIDENCES = (0.15, 0.25, 0.35, 0.45, 0.6, 0.75, 0.9, 0.97)
@@ -139,7 +140,30 @@ def measure(name: str, pair: Pair, model: str, data: Path, work: Path) -> None:
         "entries": store.entries,
         **table,
     }
-    write_result(f"adaptive_{name.replace('-', '_')}", result, lambda axes: draw(axes, result))
+    file = f"adaptive_{name.replace('-', '_')}"
+    write_result(file, result, lambda axes: draw(axes, result))
+    (RESULTS / f"{file}.md").write_text(markdown(result), encoding="utf-8")
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Every way in one table; times, over the LM alone, of those that were timed."""
+    lines = [
+        f"# {result['pair']}: {result['entries']:,} entries, {result['tokens']:,} tokens of {result['texts']} texts",
+        "",
+        f"Changes are of perplexity, with 95 % intervals, against `{result['best']}`; times are over the LM alone.",
+        "",
+        "| way | perplexity | change | searches saved | followed | scoring | decoding, one stream |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        against = {name: f"{100 * value:+.1f}" for name, value in row["change against all searches"].items()}
+        times = result["wall_time"].get(row["name"], {})
+        timed = [f"{times[kind]['over_base']:.2f} ×" if times else "" for kind in ("scoring", "decoding")]
+        lines.append(
+            f"| {row['name']} | {row['perplexity']:.2f} | {against['change']} % ({against['low']} … {against['high']}) "
+            f"| {row['saved']:.0%} | {row['followed']:.0%} | {timed[0]} | {timed[1]} |"
+        )
+    return "\n".join([*lines, ""])
 
 
 def build(name: str, pair: Pair, model: str, rows: Rows, work: Path, root: Path) -> None:
@@ -245,7 +269,7 @@ def change(values: torch.Tensor, against: torch.Tensor, blocks: torch.Tensor) ->
 
 
 def list_groups(lm: HuggingFaceLM, store: Datastore, texts: list[list[int]]) -> Iterator[tuple[Held, torch.Tensor]]:
-    """Texts, some at a time: encoded, searched, whole texts as runs, and the bootstrap's block of each token."""
+    """Texts, some at a time: encoded, searched, cut into runs, and the bootstrap's block of each token."""
     calibration = store.calibration
     assert calibration is not None
     waiting: list[list[int]] = []
@@ -272,7 +296,7 @@ def encode(lm: HuggingFaceLM, store: Datastore, texts: list[list[int]], k: int) 
         count = len(ids) - 1
         blocks.append(block + torch.arange(count) // BLOCK)
         block = int(blocks[-1][-1]) + 1
-        runs.append(range(start, start + count))
+        runs += [range(at, min(at + WALK, start + count)) for at in range(start, start + count, WALK)]
         start += count
     queries = torch.cat(keys)
     found = [store.search(some, k) for some in torch.split(queries, SEARCH_ROWS)]

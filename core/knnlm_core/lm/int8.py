@@ -1,13 +1,17 @@
 """Linear layers with int8 weights: a quarter of the bytes that a step has to read.
 
-Each output row w of a weight matrix has one scale, s = max |w| / 127, and is stored as the integers round(w / s). What
-it is multiplied with keeps 15 bits: each row x of activations is cut into two planes of int8,
+Each output row w of a weight matrix has one scale s, max |w| / 127 as a bfloat16, and is stored as the integers
+round(w / s); all else stays float32. Two kernels of torch multiply with them:
 
-    x = a · (high + low / 254)        a = max |x| / 127,  high = round(x / a),  low = round(254 · (x / a − high))
+- up to FEW_ROWS rows, as in steps: one that reads the integers as they are, which is what such a pass waits for. It
+  takes activations in bfloat16 and gives its outputs so;
+- more rows, and the output head, whose outputs should not be rounded: an integer product of twice the rows. Each row x
+  of activations is cut into two planes of int8, which keep 15 bits,
 
-so that one integer product of twice the rows, which is exact, gives x · w for rounded weights and all but unrounded
-activations. Plain int8 activations would be no faster while memory is what a step waits for, and lose more than the
-weights do (see `benchmarks/decode_step.py`). A row's result does not depend on the other rows of its pass.
+      x = a · (high + low / 254)        a = max |x| / 127,  high = round(x / a),  low = round(254 · (x / a − high))
+
+Activations of one plane would be no faster in a step, and lose more than the weights do (see
+`benchmarks/decode_step.py`). A row's result does not depend on the other rows of its pass, but for the kernel.
 
 Layers that read the same activations, such as those of queries, keys and values, are multiplied together: the first to
 be called computes for all, the others take what is theirs.
@@ -28,19 +32,24 @@ from knnlm_core.errors import UnsupportedModel
 Weights = Literal["full", "int8"]
 INT8: Weights = "int8"
 
+FEW_ROWS = 16  # at as many the two kernels take the same time
+_KERNEL_COLUMNS = (
+    16  # the kernel for few rows reads so many at once, and beyond a row's end where they do not divide it
+)
 _STEPS = 127.0  # of the high plane, on either side of zero
 _FINE_STEPS = 254.0  # of the low plane, in one step of the high one
 _TINY = torch.finfo(torch.float32).tiny
 _CHECKED_ROWS = 3
-_TOLERANCE = 1e-3  # of a layer's largest output; rounded activations differ by some 1e-5
+_TOLERANCE = 1e-2  # of a layer's largest output; outputs rounded to bfloat16 differ by up to 2e-3
 _SHOWN = 3
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each row of (N, K) to integers of −127 … 127 times one scale: (N, K) int8 and (N,) float32."""
+    """Round each row of (N, K) to integers of −127 … 127 times one scale: (N, K) int8 and (N,) bfloat16."""
     weight = weight.float()
-    scales = weight.abs().amax(dim=1).clamp_min(_TINY) / _STEPS
-    return (weight / scales[:, None]).round_().to(torch.int8), scales
+    scales = (weight.abs().amax(dim=1) / _STEPS).clamp_min(_TINY).bfloat16()
+    rounded = (weight / scales[:, None].float()).round_().clamp_(-_STEPS, _STEPS)
+    return rounded.to(torch.int8), scales
 
 
 class Int8Weights:
@@ -49,13 +58,16 @@ class Int8Weights:
     Args:
         weights: (N_i, K) each, of any float dtype.
         biases: (N_i,) or None each.
+        is_head: of the output head, for which few rows are nothing special.
     """
 
-    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, is_head: bool = False) -> None:
         self.sizes = [len(weight) for weight in weights]
-        rounded, self._scales = quantize_rows(torch.cat(list(weights)))
+        rounded, scales = quantize_rows(torch.cat(list(weights)))
+        self._rounded = rounded if not is_head and rounded.shape[1] % _KERNEL_COLUMNS == 0 else None
+        self._short_scales, self._scales = scales, scales.float()
         self._zeros = torch.zeros(len(rounded), dtype=torch.int32)
-        # In the order in which the kernel reads them: opaque from here on.
+        # In the order in which the kernel for many rows reads them: opaque from here on.
         self._packed = torch.ops.onednn.qlinear_prepack(rounded, None)
         self._bias: Tensor | None = None
         if any(bias is not None for bias in biases):
@@ -64,6 +76,13 @@ class Int8Weights:
 
     def product(self, rows: Tensor) -> Tensor:
         """(R, K) float32 activations → (R, N_0 + N_1 + …) float32 outputs."""
+        if self._rounded is not None and len(rows) <= FEW_ROWS:
+            output = torch._weight_int8pack_mm(rows.bfloat16(), self._rounded, self._short_scales).float()
+        else:
+            output = self._by_planes(rows)
+        return output if self._bias is None else output.add_(self._bias)
+
+    def _by_planes(self, rows: Tensor) -> Tensor:
         scale = torch.linalg.vector_norm(rows, torch.inf, dim=1, keepdim=True).clamp_min_(_TINY).div_(_STEPS)
         scaled = rows / scale
         high = scaled.round()
@@ -73,8 +92,7 @@ class Int8Weights:
         coarse, fine = torch.ops.onednn.qlinear_pointwise(
             planes, 1.0, 0, self._packed, self._scales, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
         ).split(len(rows))
-        output = torch.add(coarse, fine, alpha=1 / _FINE_STEPS).mul_(scale)
-        return output if self._bias is None else output.add_(self._bias)
+        return torch.add(coarse, fine, alpha=1 / _FINE_STEPS).mul_(scale)
 
 
 class _Siblings:
@@ -116,13 +134,13 @@ def use_int8_weights(model: Any) -> None:
     Raises: UnsupportedModel: weights that are not in linear layers would stay, as those of most mixtures of experts, or
         the kernel is missing or wrong on this CPU.
     """
-    family = model.config.model_type
+    family, head = model.config.model_type, model.get_output_embeddings()
     for names in _by_input(model):
         modules = [model.get_submodule(name) for name in names]
         # GPT-2 keeps its matrices the other way round.
         weights = [cast(Tensor, m.weight.T if isinstance(m, Conv1D) else m.weight) for m in modules]
         biases = [cast("Tensor | None", m.bias) for m in modules]
-        siblings = _Siblings(_checked(weights, biases))
+        siblings = _Siblings(_checked(weights, biases, is_head=head in modules))
         for layer, name in enumerate(names):
             model.set_submodule(name, Int8Linear(siblings, layer))
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
@@ -152,23 +170,25 @@ def _by_input(model: nn.Module) -> list[list[str]]:
     return list(groups.values())
 
 
-def _checked(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Int8Weights:
-    """Weights whose product agrees with that of the rounded weights in float32."""
-    rows = torch.linspace(-1, 1, _CHECKED_ROWS * weights[0].shape[1]).view(_CHECKED_ROWS, -1)
-    try:
-        made = Int8Weights(weights, biases)
-        have = made.product(rows)
-    except (RuntimeError, AttributeError) as error:
-        raise UnsupportedModel(f"torch has no int8 kernel for this CPU: {error}") from error
+def _checked(weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, is_head: bool) -> Int8Weights:
+    """Weights whose products agree with those of the rounded weights in float32, by either kernel."""
+    size = weights[0].shape[1]
+    rows = torch.linspace(-1, 1, _CHECKED_ROWS * size).view(_CHECKED_ROWS, -1).bfloat16().float()
     parts = []
     for weight, bias in zip(weights, biases, strict=True):
         rounded, scales = quantize_rows(weight)
-        parts.append(nn.functional.linear(rows, rounded * scales[:, None], bias))
+        parts.append(nn.functional.linear(rows, rounded * scales[:, None].float(), bias))
     need = torch.cat(parts, dim=1)
-    error_share = ((have - need).abs().max() / need.abs().max().clamp_min(_TINY)).item()
-    if not error_share <= _TOLERANCE:
-        raise UnsupportedModel(
-            f"torch's int8 kernel is off by {error_share:.2g} of a layer's largest output on this CPU, at most "
-            f"{_TOLERANCE:.2g} is allowed"
-        )
+    try:
+        made = Int8Weights(weights, biases, is_head=is_head)
+        few, many = made.product(rows), made.product(rows.repeat(FEW_ROWS, 1))[: len(rows)]
+    except (RuntimeError, AttributeError) as error:
+        raise UnsupportedModel(f"torch has no int8 kernel for this CPU: {error}") from error
+    for have in (few, many):
+        error_share = ((have - need).abs().max() / need.abs().max().clamp_min(_TINY)).item()
+        if not error_share <= _TOLERANCE:
+            raise UnsupportedModel(
+                f"torch's int8 kernel is off by {error_share:.2g} of a layer's largest output on this CPU, at most "
+                f"{_TOLERANCE:.2g} is allowed"
+            )
     return made

@@ -12,8 +12,8 @@ from knnlm_core.errors import UnsupportedModel
 from knnlm_core.lm.protocol import CausalLM, Span
 
 _LENGTH = 24
-# Allowed difference relative to the spread of the logits, by numerics; rounding to integers magnifies a last bit.
-_TOLERANCE = {"float32": 1e-4, "float64": 1e-6, "bfloat16": 6e-2, "float16": 1e-2, "int8": 1e-2}
+# Allowed difference relative to the spread of the logits, by numerics; int8 computes its steps in bfloat16.
+_TOLERANCE = {"float32": 1e-4, "float64": 1e-6, "bfloat16": 6e-2, "float16": 1e-2, "int8": 6e-2}
 
 
 @torch.inference_mode()

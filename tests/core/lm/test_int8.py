@@ -32,8 +32,9 @@ def rounded_slowly(weight: Tensor) -> Tensor:
     """The weights that int8 stands for, row by row in float64."""
     rows = []
     for row in weight.double():
-        scale = float(row.abs().max()) / 127 or 1.0
-        rows.append(torch.tensor([round(float(w) / scale) * scale for w in row], dtype=torch.float64))
+        scale = float((row.abs().max() / 127).float().bfloat16()) or 1.0
+        steps = [max(-127, min(127, round(float(w) / scale))) for w in row]
+        rows.append(torch.tensor(steps, dtype=torch.float64) * scale)
     return torch.stack(rows)
 
 
@@ -54,14 +55,22 @@ def lm_of(model: Any, **changes: Any) -> HuggingFaceLM:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 65])
-def test_products_are_those_of_the_rounded_weights(rows: int) -> None:
-    weights, bias = [matrix(48, 40), matrix(16, 40, seed=1)], matrix(16, seed=2)
-    hidden = matrix(rows, 40, seed=3) * torch.logspace(-3, 3, 40)  # few activations far larger than the others
-    have = Int8Weights(weights, [None, bias]).product(hidden).double()
-    need = hidden.double() @ torch.cat([rounded_slowly(w) for w in weights]).T
-    need[:, 48:] += bias
+@pytest.mark.parametrize(
+    "columns", [pytest.param(48, id="both kernels"), pytest.param(40, id="columns that only one kernel takes")]
+)
+@pytest.mark.parametrize("is_head", [False, True])
+def test_products_are_those_of_the_rounded_weights(rows: int, columns: int, is_head: bool) -> None:
+    weights, bias = [matrix(48, columns), matrix(16, columns, seed=1)], matrix(16, seed=2)
+    hidden = matrix(rows, columns, seed=3) * torch.logspace(-3, 3, columns)  # few activations far larger than others
+    have = Int8Weights(weights, [None, bias], is_head=is_head).product(hidden).double()
+    is_short = not is_head and columns == 48 and rows <= int8.FEW_ROWS  # all in bfloat16
+    read = hidden.bfloat16() if is_short else hidden
+    need = read.double() @ torch.cat([rounded_slowly(w) for w in weights]).T
     # Each activation is off by a 65,024th of the largest of its row at most, and each product of them by as much.
     bound = hidden.abs().amax(1, keepdim=True).double() / 65_024 * torch.cat(weights).abs().sum(1) * 1.02
+    if is_short:
+        bound = need.abs() / 256 + 1e-6 * bound * 65_024  # an output of 8 bits, sums in float32
+    need[:, 48:] += bias
     assert ((have - need).abs() <= bound).all()
 
 
@@ -70,11 +79,19 @@ def test_rows_are_rounded_to_the_nearest_of_255_steps() -> None:
     rounded, scales = quantize_rows(weight)
     assert rounded.dtype == torch.int8
     torch.testing.assert_close(rounded.double() * scales.double()[:, None], rounded_slowly(weight), atol=1e-6, rtol=0)
-    assert (rounded.abs().amax(dim=1) == 127).all()
+    assert (rounded.abs().amax(dim=1) >= 126).all()
 
 
-def test_a_row_does_not_depend_on_the_others_of_its_pass() -> None:
+def test_a_row_of_a_step_does_not_depend_on_the_others_at_all() -> None:
     weights = Int8Weights([matrix(64, 32)], [None])
+    hidden = matrix(int8.FEW_ROWS, 32, seed=1) * torch.logspace(-4, 4, int8.FEW_ROWS)[:, None]
+    together = weights.product(hidden)
+    for rows in (1, 2, 5):
+        assert torch.equal(weights.product(hidden[:rows]), together[:rows])
+
+
+def test_a_row_of_the_head_does_not_depend_on_the_others() -> None:
+    weights = Int8Weights([matrix(64, 32)], [None], is_head=True)
     hidden = matrix(5, 32, seed=1) * torch.tensor([1.0, 1e4, 1e-4, 1.0, 10.0])[:, None]
     together = weights.product(hidden)
     for row in range(5):
@@ -100,7 +117,9 @@ def test_every_family_computes_with_the_rounded_weights(family: str) -> None:
     sequence = lm.allocate()
     pieces = [lm.forward([Span(sequence, IDS[a:b], b - a)]) for a, b in ((0, 30), (30, 31), (31, 36), (36, 40))]
     stepped = lm.logits(torch.cat([piece.hidden for piece in pieces]))
-    assert (stepped - need).abs().max() <= 5e-3 * need.std() * 4
+    # Steps round them, and their outputs, to 8 bits.
+    assert (stepped - need).abs().max() <= 6e-2 * need.std() * 4
+    assert (stepped - need).pow(2).mean().sqrt() <= 2e-2 * need.std()
 
 
 def test_layers_that_read_the_same_activations_are_multiplied_together() -> None:
@@ -121,8 +140,8 @@ def test_siblings_answer_for_the_activations_that_they_are_given() -> None:
     use_int8_weights(model)
     one, other = matrix(2, 64), matrix(2, 64, seed=1)
     for name, hidden in (("q_proj", one), ("k_proj", other), ("k_proj", one), ("q_proj", one), ("q_proj", one)):
-        need = hidden.double() @ rounded_slowly(weights[name]).T
-        torch.testing.assert_close(getattr(attention, name)(hidden).double(), need, atol=1e-3, rtol=1e-3)
+        need = hidden.bfloat16().double() @ rounded_slowly(weights[name]).T
+        torch.testing.assert_close(getattr(attention, name)(hidden).double(), need, atol=1e-5, rtol=1 / 256)
 
 
 def test_the_identity_is_that_of_the_original_weights(tmp_path: Path) -> None:
