@@ -8,6 +8,8 @@ import json
 import os
 import platform
 import random
+import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,3 +70,14 @@ def write_result(name: str, result: dict[str, Any], draw: Callable[[Any], None])
     figure.savefig(RESULTS / f"{name}.png", dpi=110)
     plt.close(figure)
     print(text)
+
+
+def read_bandwidth() -> float:
+    """Bytes per second at which all threads together read a tensor that no cache holds."""
+    data = torch.ones(1 << 27)
+    seconds = []
+    for _ in range(7):
+        begun = time.perf_counter()
+        data.sum()
+        seconds.append(time.perf_counter() - begun)
+    return data.nbytes / statistics.median(seconds)

@@ -4,8 +4,8 @@
     transformers-knn    the same with a naive kNN LogitsProcessor: a search and a dense row per step, as others do
     llama.cpp           greedy steps over one batch by the low-level interface of llama-cpp-python
 
-A line of JSON comes in, ``{"prompts": [[id, …], …], "tokens": n}``; one goes out: seconds from the beginning at which
-each token of each prompt was there, ``{"times": [[…], …]}``. Greedy, without an end of sequence.
+A line of JSON comes in, ``{"prompts": [[id, …], …], "tokens": n}``; one goes out: the tokens, and seconds from the
+beginning at which each was there, ``{"tokens": [[id, …], …], "times": [[…], …]}``. Greedy, without an end of sequence.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import faiss
 import numpy as np
 import torch
 
-Generate = Callable[[list[list[int]], int], list[list[float]]]
+Answers = dict[str, list[Any]]
+Generate = Callable[[list[list[int]], int], Answers]
 K = 1024
 
 
@@ -47,16 +48,16 @@ def transformers_peer(model: str, processor: Callable[[Any], Any] | None) -> Gen
     processors = LogitsProcessorList([processor(lm)] if processor else [])
 
     @torch.inference_mode()
-    def generate(prompts: list[list[int]], tokens: int) -> list[list[float]]:
+    def generate(prompts: list[list[int]], tokens: int) -> Answers:
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         clock = Clock()
-        lm.generate(
+        made = lm.generate(
             ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0,
             logits_processor=processors, stopping_criteria=StoppingCriteriaList([clock]),
         )  # fmt: skip
-        return [clock.times] * len(prompts)
+        return {"tokens": made[:, width:].tolist(), "times": [clock.times] * len(prompts)}
 
     return generate
 
@@ -139,9 +140,9 @@ def llama_peer(path: str, streams: int, length: int) -> Generate:
                     chosen.append(int(logits.argmax()))
         return np.array(chosen)
 
-    def generate(prompts: list[list[int]], tokens: int) -> list[list[float]]:
+    def generate(prompts: list[list[int]], tokens: int) -> Answers:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-        begun, times = time.perf_counter(), []
+        begun, times, made = time.perf_counter(), [], []
         rows = [
             (token, at, sequence, at == len(prompt) - 1)
             for sequence, prompt in enumerate(prompts)
@@ -150,8 +151,9 @@ def llama_peer(path: str, streams: int, length: int) -> Generate:
         for step in range(tokens):
             chosen = decode(rows)
             times.append(time.perf_counter() - begun)
+            made.append(chosen)
             rows = [(int(token), len(prompts[s]) + step, s, True) for s, token in enumerate(chosen)]
-        return [times] * len(prompts)
+        return {"tokens": np.stack(made, axis=1).tolist(), "times": [times] * len(prompts)}
 
     return generate
 
@@ -174,7 +176,7 @@ def main() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        print(json.dumps({"times": generate(asked["prompts"], asked["tokens"])}), flush=True)
+        print(json.dumps(generate(asked["prompts"], asked["tokens"])), flush=True)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ BENCHMARKS = {
     "gated_decoding": ("data", "store"),
     "speculation": ("data", "store"),
     "serving": ("data", "store"),
+    "cost_curves": ("data", "store"),
 }
 
 

@@ -30,8 +30,7 @@ from typing import Any, NamedTuple
 import httpx
 import numpy as np
 import psutil
-import torch
-from common import arguments, write_result
+from common import arguments, read_bandwidth, write_result
 from rich.progress import track
 from served import MODEL, served
 from speculation import prompts
@@ -46,6 +45,7 @@ SEARCHED = "held out"
 
 Times = list[list[float]]
 Generate = Callable[[list[list[int]]], Times]
+Answers = dict[str, Any]
 
 
 class System(NamedTuple):
@@ -53,6 +53,17 @@ class System(NamedTuple):
 
     generate: Generate
     process: subprocess.Popen[Any]
+
+
+class Peer(NamedTuple):
+    """A process of `peers.py`."""
+
+    ask: Callable[[list[list[int]]], Answers]
+    process: subprocess.Popen[Any]
+
+    def system(self) -> System:
+        """Its times alone."""
+        return System(lambda batch: self.ask(batch)["times"], self.process)
 
 
 def ours(url: str, body: dict[str, Any]) -> Generate:
@@ -89,8 +100,8 @@ def ours(url: str, body: dict[str, Any]) -> Generate:
 
 
 @contextmanager
-def peer(*command: str) -> Iterator[System]:
-    """A process of `peers.py`."""
+def peer(*command: str) -> Iterator[Peer]:
+    """One that is ready."""
     script = str(Path(__file__).parent / "peers.py")
     process = subprocess.Popen(
         [sys.executable, script, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
@@ -101,13 +112,13 @@ def peer(*command: str) -> Iterator[System]:
     if stdout.readline().strip() != "ready":
         raise SystemExit(f"peer {command[0]} does not start")
 
-    def generate(batch: list[list[int]]) -> Times:
+    def ask(batch: list[list[int]]) -> Answers:
         stdin.write(json.dumps({"prompts": batch, "tokens": TOKENS}) + "\n")
-        times: Times = json.loads(stdout.readline())["times"]
-        return times
+        answers: Answers = json.loads(stdout.readline())
+        return answers
 
     try:
-        yield System(generate, process)
+        yield Peer(ask, process)
     finally:
         stdin.close()
         process.wait()
@@ -133,7 +144,7 @@ def main() -> None:
         systems = start(stack, args.model, store, args.work, args.gguf)
         table = measure(systems, kinds, args.rounds)
         memory = {name: psutil.Process(system.process.pid).memory_info().rss for name, system in systems.items()}
-        bandwidth = measure_bandwidth()
+        bandwidth = read_bandwidth()
     result = {
         "claim": "with a store as fast as the base LM, and faster than the peers' loops",
         "protocol": (__doc__ or "").split("\n\n", 1)[1].strip(),
@@ -169,11 +180,12 @@ def start(stack: ExitStack, model: str, store: Path, work: Path, gguf: Sequence[
                     label = f"{name} ({Path(path).stem})" if path in gguf else name
                     systems[label] = System(ours(server.url, body), server.process)
     common = ("--model", model, "--store", str(store), "--work", str(work))
-    systems["transformers"] = stack.enter_context(peer("transformers", *common))
-    systems["transformers + kNN"] = stack.enter_context(peer("transformers-knn", *common))
+    systems["transformers"] = stack.enter_context(peer("transformers", *common)).system()
+    systems["transformers + kNN"] = stack.enter_context(peer("transformers-knn", *common)).system()
     for path in gguf:
         streams = ("--streams", str(max(STREAMS)))
-        systems[f"llama.cpp ({Path(path).stem})"] = stack.enter_context(peer("llama.cpp", "--model", path, *streams))
+        bare = stack.enter_context(peer("llama.cpp", "--model", path, *streams))
+        systems[f"llama.cpp ({Path(path).stem})"] = bare.system()
     return systems
 
 
@@ -209,17 +221,6 @@ def summary(runs: Sequence[Times]) -> dict[str, float]:
         "seconds between tokens, median": float(np.median(gaps)),
         "seconds between tokens, 99 %": float(np.quantile(gaps, 0.99)),
     }
-
-
-def measure_bandwidth() -> float:
-    """Bytes per second at which all threads together read a tensor that no cache holds."""
-    data = torch.ones(1 << 27)
-    seconds = []
-    for _ in range(7):
-        begun = time.perf_counter()
-        data.sum()
-        seconds.append(time.perf_counter() - begun)
-    return data.nbytes / statistics.median(seconds)
 
 
 def draw(axes: Any, result: dict[str, Any]) -> None:

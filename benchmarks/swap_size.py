@@ -54,9 +54,9 @@ def main() -> None:
     shutil.rmtree(root, ignore_errors=True)
     names = {size: f"n{size}" for size in SIZES}
     for size in track(SIZES, description="Make datastores"):
-        _make(root, names[size], size, identity)
+        make_synthetic(root, names[size], size, identity)
     figures: dict[int, dict[str, float]] = {}
-    small = _make(root, "small", BLOCK, identity)
+    small = make_synthetic(root, "small", BLOCK, identity)
     with served(args.model, root, "small", port=PORT) as server, Client(server.url, timeout=3600) as client:
         for size, name in names.items():
             first, *_ = layout.published_versions(root, name)
@@ -108,7 +108,8 @@ def _swaps(client: Client, name: str, versions: tuple[str, str]) -> dict[str, fl
     }
 
 
-def _make(root: Path, name: str, entries: int, identity: LMIdentity) -> str:
+def make_synthetic(root: Path, name: str, entries: int, identity: LMIdentity) -> str:
+    """Publish a store of so many entries that no text stands behind; returns its version."""
     version = version_of({"synthetic": entries})
     folder = layout.building_folder(root, name, version)
     folder.mkdir(parents=True)
