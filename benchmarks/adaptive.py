@@ -41,7 +41,7 @@ from wall_times import wall_times
 
 from knnlm_builder.stages.compare_gates import GAINS, PERIODS
 from knnlm_builder.stages.fit import Evidence, bootstrap_gain
-from knnlm_builder.stages.walked import Held, walk
+from knnlm_builder.stages.walked import Held, log_probs_of_search, walk
 from knnlm_core.datastore.reader import Datastore
 from knnlm_core.knn.gates import Automaton, Confidence, EveryN, Gate, LearnedGate
 from knnlm_core.knn.lambdas import LambdaMode
@@ -200,18 +200,20 @@ def sources(store: Datastore) -> dict[str, Source]:
 
 def score(lm: HuggingFaceLM, store: Datastore, texts: list[list[int]], ways: dict[str, Source]) -> dict[str, Any]:
     """All texts in every way."""
+    calibration = store.calibration
+    assert calibration is not None
     log_probs: dict[str, list[torch.Tensor]] = {name: [] for name in ("base", *ways)}
     outcomes: dict[str, list[torch.Tensor]] = {name: [] for name in ways}
     blocks: list[torch.Tensor] = []
     for held, of_group in track(list_groups(lm, store, texts), description="Texts"):
         log_probs["base"].append(held.evidence.base.double())
         blocks.append(of_group)
+        # All gates search at the calibrated λ: worked out once.
+        calibrated = held._replace(log_probs=log_probs_of_search(held.evidence, ways[f"λ {calibration.lambda_mode}"]))
         for name, source in ways.items():
-            walked = walk(held, source)
+            walked = walk(held if name.startswith("λ ") else calibrated, source)
             log_probs[name].append(walked.log_probs)
             outcomes[name].append(walked.outcomes)
-    calibration = store.calibration
-    assert calibration is not None
     joined = {name: torch.cat(parts) for name, parts in log_probs.items()}
     best = max((name for name in ways if name.startswith("λ ")), key=lambda name: float(joined[name].mean()))
     block_ids = torch.cat([some + 1_000_000 * i for i, some in enumerate(blocks)])
