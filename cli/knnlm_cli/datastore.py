@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+
 import typer
 
 from knnlm_cli import datastore_keep, datastore_look
 
-datastore = typer.Typer(
-    help="Look at datastores, and keep them: verify, compact, purge, prune, roll back, export.", no_args_is_help=True
-)
+_HELP = """Look at datastores, and keep them: verify, compact, purge, prune, roll back, export.
+
+    Examples:
+        knnlm datastore list ./datastores
+        knnlm datastore inspect ./datastores/law
+        knnlm datastore purge --help
+"""
+
+datastore = typer.Typer(help=inspect.cleandoc(_HELP), no_args_is_help=True)
 datastore.command("list")(datastore_look.list_)
 for _command in (
     datastore_look.inspect,

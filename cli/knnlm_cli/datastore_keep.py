@@ -16,6 +16,9 @@ def compact(place: Given, as_json: AsJson = False) -> None:
     """Fold what was learned and deleted since into a new version, and make it current.
 
     No language model is needed. A server goes on with the version that it has until it is told to load the current one.
+
+    Examples:
+        knnlm datastore compact ./datastores/law
     """
     from knnlm_cli.datastore_facts import card
     from knnlm_cli.datastore_progress import shown_progress
@@ -40,7 +43,11 @@ def compact(place: Given, as_json: AsJson = False) -> None:
 
 
 def forget(place: Given, documents: Documents, as_json: AsJson = False) -> None:
-    """Delete documents: no search of any version finds them any more. Their text stays on the disk; see purge."""
+    """Delete documents: no search of any version finds them any more. Their text stays on the disk; see purge.
+
+    Examples:
+        knnlm datastore forget ./datastores/law page-17 page-18
+    """
     from knnlm_core.datastore.maintenance.forget import forget as core
 
     root, name, _ = read_place(place)
@@ -62,6 +69,10 @@ def purge(
     Every version and everything learned that holds one of them is written anew without it, the old files are removed,
     and all files are searched for their text, keys and tokens. There is no way back. Unfinished builds of the name
     are discarded. A server must load the current version afterwards to let go of the old one.
+
+    Examples:
+        knnlm datastore purge ./datastores/law page-17
+        knnlm datastore purge ./datastores/law page-17 --yes --json
     """
     from knnlm_cli.datastore_progress import shown_progress
     from knnlm_cli.datastore_table import print_purge
@@ -102,6 +113,10 @@ def prune(
     """Remove old versions, their calibrations, and learned documents that every kept version holds itself.
 
     The current version and the one before it always stay.
+
+    Examples:
+        knnlm datastore prune ./datastores/law --keep 2 --dry-run
+        knnlm datastore prune ./datastores/law --keep 2
     """
     from knnlm_core.datastore.maintenance import prune as core
 
@@ -117,7 +132,11 @@ def prune(
 
 
 def rollback(place: Given, as_json: AsJson = False) -> None:
-    """Make current again what was current before; again, to go back further."""
+    """Make current again what was current before; again, to go back further.
+
+    Examples:
+        knnlm datastore rollback ./datastores/law
+    """
     from knnlm_core.datastore import history as core
     from knnlm_core.datastore import layout
 

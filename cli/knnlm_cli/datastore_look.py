@@ -18,7 +18,12 @@ def list_(
     root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of datastores.", show_default=False)],
     as_json: AsJson = False,
 ) -> None:
-    """List the datastores under a root."""
+    """List the datastores under a root.
+
+    Examples:
+        knnlm datastore list ./datastores
+        knnlm datastore list ./datastores --json
+    """
     from knnlm_cli.datastore_facts import list_datastores
     from knnlm_cli.datastore_table import print_list
 
@@ -30,7 +35,12 @@ def list_(
 
 
 def inspect(place: GivenVersion, as_json: AsJson = False) -> None:
-    """Show what a datastore holds, what it was made from and what was learned and deleted since."""
+    """Show what a datastore holds, what it was made from and what was learned and deleted since.
+
+    Examples:
+        knnlm datastore inspect ./datastores/law
+        knnlm datastore inspect ./datastores/law@0123456789abcdef --json
+    """
     from knnlm_cli import datastore_facts
     from knnlm_cli.datastore_table import print_inspection
 
@@ -53,6 +63,9 @@ def verify(
     """Compare all checksums, read ledger and tail, and let the index find its canaries again.
 
     The first thing that is damaged is named, and the exit status is 1.
+
+    Examples:
+        knnlm datastore verify ./datastores/law
     """
     from knnlm_cli.datastore_progress import shown_progress
     from knnlm_cli.datastore_table import print_verification
@@ -76,7 +89,12 @@ def diff(
     b: Annotated[str | None, typer.Argument(help="The newer version; by default the current one.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare two versions: documents by the digest of their text, entries, settings."""
+    """Compare two versions: documents by the digest of their text, entries, settings.
+
+    Examples:
+        knnlm datastore diff ./datastores/law
+        knnlm datastore diff ./datastores/law 0123456789abcdef fedcba9876543210
+    """
     from knnlm_cli.datastore_progress import shown_progress
     from knnlm_cli.datastore_table import print_diff
     from knnlm_core.datastore import layout
@@ -105,7 +123,12 @@ def export(
     keys: Annotated[bool, typer.Option("--keys", help="Entries: also their keys.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write the documents that are not deleted as JSON Lines that `knnlm build` reads, or the entries as a table."""
+    """Write the documents that are not deleted as JSON Lines that `knnlm build` reads, or the entries as a table.
+
+    Examples:
+        knnlm datastore export ./datastores/law law.jsonl.gz
+        knnlm datastore export ./datastores/law entries.parquet --keys
+    """
     from knnlm_cli.datastore_progress import shown_progress
     from knnlm_core.datastore.maintenance import export as core
 

@@ -23,6 +23,10 @@ def model(
     """Make the default model available and print its folder as the last line.
 
     Everything else goes to stderr, so ``$(knnlm model)`` is the folder.
+
+    Examples:
+        knnlm model
+        knnlm serve --model "$(knnlm model)"
     """
     with contextlib.redirect_stdout(sys.stderr):
         prepared = default_model_folder(folder)

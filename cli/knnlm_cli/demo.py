@@ -53,6 +53,11 @@ def demo(
 
     Prints one prompt completed by the base LM and by the kNN-LM, where the latter's tokens came from, and the
     perplexity of a held-out passage under both. Settings in KNNLM_* variables do not reach the demo.
+
+    Examples:
+        knnlm demo
+        knnlm demo --text ./my-texts --port 8001
+        knnlm demo --exit
     """
     if find_spec("knnlm_client") is None:
         raise UnsupportedFeature("the demo speaks through the Python client: pip install ./clients/python")

@@ -34,10 +34,34 @@ class Scorer(Protocol):
         ...
 
 
+# Panel of the help → settings in it.
+_PANELS = {
+    "What scores": ("model", "datastore", "url", "api_key"),
+    "Retrieval": (
+        "k", "temperature", "lmbda", "lambda_mode", "gate", "gate_threshold", "exclude_documents", "exclude_self",
+    ),
+    "Report": ("json", "overlap", "plot", "per_token"),
+    "Windows": ("window", "stride"),
+    "How the language model runs": ("dtype", "weights", "device", "threads"),
+}  # fmt: skip
+# What the shell offers.
+_VALUES = {
+    "lambda_mode": ("fixed", "bucketed", "rrc", "learned"),
+    "gate": ("always", "never", "every_n", "confidence", "automaton", "learned"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "weights": ("full", "int8"),
+    "device": ("auto", "cpu", "cuda"),
+}
+
+
 def _option(field: str, *names: str, **more: Any) -> Any:
     """A command-line option that says what the setting of the same name says."""
-    description = ScoreSettings.model_fields[field].description
-    return typer.Option(*(names or (option_of(field),)), help=description, show_default=False, **more)
+    if field in _VALUES:
+        more["autocompletion"] = lambda: list(_VALUES[field])
+    if "help" not in more:
+        more["help"] = ScoreSettings.model_fields[field].description
+    panel = next(panel for panel, fields in _PANELS.items() if field in fields)
+    return typer.Option(*(names or (option_of(field),)), show_default=False, rich_help_panel=panel, **more)
 
 
 _FILES = ScoreSettings.model_fields["files"].description
@@ -47,7 +71,7 @@ def score(
     files: Annotated[list[Path], typer.Argument(metavar="FILE", help=_FILES, show_default=False)],
     model: Annotated[str | None, _option("model")] = None,
     datastore: Annotated[str | None, _option("datastore")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    json_: Annotated[bool, _option("json", "--json", help="Print one JSON object instead of tables.")] = False,
     plot: Annotated[Path | None, _option("plot")] = None,
     per_token: Annotated[Path | None, _option("per_token")] = None,
     window: Annotated[int | None, _option("window")] = None,
@@ -73,6 +97,11 @@ def score(
     Long texts go through rolling windows; each token that has a context is scored once. What --k, --temperature,
     --lambda and --gate leave open comes from the datastore's calibration. A document that the datastore holds under
     the same id does not find its own entries.
+
+    Examples:
+        knnlm score --model ./models/lm --datastore ./datastores/law judgments.jsonl
+        knnlm score --model ./models/lm page.txt --json
+        knnlm score --url http://127.0.0.1:8000 --datastore law --gate automaton judgments.jsonl
     """
     given = dict(locals())
     del given["json_"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -12,16 +12,33 @@ from rich.console import Console
 
 from knnlm_builder.settings import BuildSettings, CalibrateSettings, read_settings
 
+# Panel of the help → settings in it.
+_PANELS = {
+    "What is built": ("model", "inputs", "output", "name", "datastore"),
+    "Text and entries": (
+        "window", "stride", "max_tokens", "held_out_fraction", "held_out_max_tokens", "shard_entries", "key_tap",
+    ),
+    "Calibration and publishing": ("latency_budget_ms", "seed", "force"),
+    "How the language model runs": ("dtype", "weights", "device", "threads", "batch_tokens"),
+}  # fmt: skip
+# What the shell offers where the setting's type does not say it.
+_VALUES = {"dtype": ("auto", "float32", "bfloat16", "float16"), "device": ("auto", "cpu", "cuda")}
+
 
 def _help(kind: type[BaseModel], field: str) -> str:
     """What the setting of the same name says, default included."""
     info = kind.model_fields[field]
-    default = "" if info.is_required() or info.default in (None, False) else f" (default: {info.default})"
-    return f"{info.description}{default}"
+    if info.is_required() or info.default is None or info.default is False:
+        return str(info.description)
+    return f"{info.description} (default: {info.default})"
 
 
 def _option(field: str, *names: str, of: type[BaseModel] = BuildSettings) -> Any:
-    return typer.Option(*names, help=_help(of, field), show_default=False)
+    annotation = of.model_fields[field].annotation
+    values = _VALUES.get(field) or (get_args(annotation) if get_origin(annotation) is Literal else ())
+    more: dict[str, Any] = {"autocompletion": lambda: list(values)} if values else {}
+    panel = next(panel for panel, fields in _PANELS.items() if field in fields)
+    return typer.Option(*names, help=_help(of, field), show_default=False, rich_help_panel=panel, **more)
 
 
 def build(
@@ -49,6 +66,10 @@ def build(
     Part of the text is held out to choose k, τ, λ and the gate, and to tell whether the datastore helps at all; one
     that does not is not published unless --force is given. An interrupted build goes on where it stopped when it is run
     again.
+
+    Examples:
+        knnlm build --model ./models/lm --input ./texts --output ./datastores --name law
+        knnlm build --model ./models/lm --input a.jsonl.gz --input b.parquet --output ./datastores --name law
     """
     given = dict(locals())
     given["inputs"] = tuple(inputs)
@@ -79,6 +100,11 @@ def calibrate(
 
     One search of the held-out text is cached; everything is fitted to it, and reported on documents that nothing was
     fitted on. The published version is not touched, and earlier calibrations stay beside it.
+
+    Examples:
+        knnlm calibrate ./datastores/law --model ./models/lm
+        knnlm calibrate ./datastores/law --model ./models/lm --latency-budget-ms 0.5
+        knnlm calibrate ./datastores/law --model ./models/lm --weights int8
     """
     settings = read_settings(CalibrateSettings, **dict(locals()))
     _limit_threads(settings.threads)

@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("knnlm_core", "knnlm_builder", "knnlm_server", "knnlm_cli")
+PACKAGES = ("knnlm_core", "knnlm_builder", "knnlm_server", "knnlm_cli", "knnlm_playground")
 SWIG = "ignore:builtin type:DeprecationWarning"  # of FAISS's bindings, as in pyproject.toml
 TARGETS = ("help", "install", "model", "demo", "test", "check", "bench", "clean")
 
