@@ -25,7 +25,7 @@ from knnlm_core.trees import Trees
 PERIODS = (2, 3, 4, 6, 10)
 MIN_POINTERS = (1, 4, 16)
 SAVED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of searches at which confidence is looked at
-GAINS = (0.02, 0.04, 0.06, 0.08, 0.1, 0.13, 0.17, 0.25)  # nats
+GAINS = (0.02, 0.04, 0.06, 0.08, 0.1, 0.13, 0.17, 0.25, 0.4, 0.6, 1.0)  # nats
 VALIDATION_SHARE = 0.2  # of the tokens to fit on, where there is no practice: thresholds are chosen on them
 DEFAULT_SAVED = 0.5  # what the learned gate saves at least where a request gives no threshold
 _TIMED_SEARCHES = 32
