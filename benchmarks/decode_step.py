@@ -1,9 +1,11 @@
-"""One decoding step of the Hugging Face runtime against its own matrix products, in float32, bfloat16 and int8.
+"""One decoding step of the Hugging Face runtime against its own matrix products: float32, compiled, bfloat16 and int8.
 
 A step is `forward` of some sequences and `logits` of their rows, after 200 tokens each: 1, 4 and 16 sequences with one
 new token, one sequence with 2, 4 and 8 (as when drafts are verified), and a prompt of 512 tokens (one row of logits).
 The bound of a step is what its linear layers and head alone take for the same rows, in float32, in the order and shapes
 of the model; beside it stands the time to read their weights once at the bandwidth that summing 512 MiB reaches here.
+`float32, compiled` has every one of these steps compiled, in an empty folder; its prompts are those of float32.
+`seconds_to_load` is that of each variant, compiling included.
 Every round runs every variant once, one after the other; ratios are medians over rounds of ratios within a round.
 
 Quality: perplexity of the first 10,000 tokens of the eval pages, windows of 1024 with stride 512, and what becomes of
@@ -12,8 +14,10 @@ the logits of their first 512 tokens. `int8 activations` is int8 whose activatio
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,8 +36,10 @@ from knnlm_core.windows import rolling_windows
 
 ROUNDS, CONTEXT, PROMPT = 9, 200, 512
 STEPS = ((1, 1), (1, 2), (1, 4), (1, 8), (4, 1), (16, 1))  # sequences, new tokens of each
+COMPILED = "float32, compiled"
 VARIANTS = {
     "float32": LoadOptions(dtype="float32"),
+    COMPILED: LoadOptions(dtype="float32", compile_steps=tuple(f"{rows}x{width}" for rows, width in STEPS)),
     "bfloat16": LoadOptions(dtype="bfloat16"),
     "int8": LoadOptions(dtype="float32", weights="int8"),
 }
@@ -74,9 +80,12 @@ class Stepper:
 def main() -> None:
     """Run and write the result."""
     args = arguments(__doc__, data=True).parse_args()
-    steppers = {
-        name: Stepper(args.model, _with_room(options)) for name, options in VARIANTS.items()
-    }  # loaded before anything is measured
+    steppers, seconds = {}, {}
+    with tempfile.TemporaryDirectory() as compiled:
+        for name, options in VARIANTS.items():  # loaded before anything is measured
+            started = time.perf_counter()
+            steppers[name] = Stepper(args.model, _with_room(options, Path(compiled)))
+            seconds[name] = time.perf_counter() - started
     linears = [m for m in steppers["float32"].lm._model.modules() if isinstance(m, nn.Linear)]
     num_bytes = sum(m.weight.numel() * m.weight.element_size() for m in linears)
     times = measure(steppers, linears)
@@ -87,9 +96,14 @@ def main() -> None:
         f"int8 is at least {NEED_OF_INT8} × as fast",
         "protocol": (__doc__ or "").split("\n\n", 1)[1].strip().replace("\n", " "),
         "float32_of_bound": {name: ratio(times, f"bound {r * w} rows", f"float32 {name}") for name, r, w in _steps()},
+        "compiled_speedup": {name: ratio(times, f"float32 {name}", f"{COMPILED} {name}") for name, _, _ in _steps()},
+        "compiled_of_bound": {
+            name: ratio(times, f"bound {r * w} rows", f"{COMPILED} {name}") for name, r, w in _steps()
+        },
         "int8_speedup": {name: ratio(times, f"float32 {name}", f"int8 {name}") for name in _names()},
         "bfloat16_speedup": {name: ratio(times, f"float32 {name}", f"bfloat16 {name}") for name in _names()},
         "quality": quality,
+        "seconds_to_load": seconds,
         "weights_bytes": num_bytes,
         "bytes_per_s": bandwidth,
         "ms_to_read_the_weights": num_bytes / bandwidth * 1e3,
@@ -99,10 +113,10 @@ def main() -> None:
     write_result("decode_step", result, lambda axes: draw(axes, result))
 
 
-def _with_room(options: LoadOptions) -> LoadOptions:
+def _with_room(options: LoadOptions, compiled: Path) -> LoadOptions:
     sequences = 1 + max(rows for rows, _ in STEPS)
-    return LoadOptions(
-        dtype=options.dtype, weights=options.weights, max_sequences=sequences, max_length=2 * (CONTEXT + PROMPT)
+    return dataclasses.replace(
+        options, max_sequences=sequences, max_length=2 * (CONTEXT + PROMPT), compile_cache=compiled
     )
 
 
@@ -159,7 +173,7 @@ def measure_quality(model: str, data: Path, steppers: dict[str, Stepper]) -> dic
         left -= len(texts[-1])
         if left < 2:
             break
-    lms = {name: stepper.lm for name, stepper in steppers.items()}
+    lms = {name: stepper.lm for name, stepper in steppers.items() if name != COMPILED}  # whole windows are float32's
     scored = {name: score(lm, texts) for name, lm in lms.items()}
     two_planes = Int8Weights.product
     Int8Weights.product = one_plane  # type: ignore[method-assign]
@@ -209,8 +223,8 @@ def draw(axes: Any, result: dict[str, Any]) -> None:
     taken = result["median_ms"]
     steps = _steps()
     for i, variant in enumerate(VARIANTS):
-        axes.bar([x + 0.27 * (i - 1) for x in range(len(steps))], [taken[f"{variant} {n}"] for n, _, _ in steps], 0.25,
-                 label=variant)  # fmt: skip
+        places = [x + 0.21 * (i - (len(VARIANTS) - 1) / 2) for x in range(len(steps))]
+        axes.bar(places, [taken[f"{variant} {name}"] for name, _, _ in steps], 0.19, label=variant)
     for x, (_, rows, width) in enumerate(steps):
         bound = taken[f"bound {rows * width} rows"]
         axes.plot([x - 0.42, x + 0.42], [bound, bound], "k--", label=None if x else "float32 products alone")

@@ -11,8 +11,9 @@ Greedy, 64 tokens after 64 tokens of prompt, one stream and four. Prompts:
 Modes take turns prompt by prompt, so that a drifting machine hits all of them alike; ratios are of summed times. λ and
 k are the store's calibrated ones, and the gate is the learned one at its default threshold. What a guess is worth and
 what a pass costs is learned on the way, from nothing, as on a server that has just started. Equality: 200 prompts, 32
-tokens each, greedy and sampled with a seed, drafts on and off; where two answers part, the difference of the two
-tokens' log-probabilities is shown.
+tokens each, greedy and sampled with a seed, without drafts and all at once, against the same with drafts, and against
+the same without drafts but three at a time, so that what differs there is the batch alone. Where two answers part, they
+are replayed to the first difference, and the report says how near to a border it was decided (`partings.py`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 
 import torch
 from common import arguments, read_rows, shuffled_train_rows, write_result
+from partings import Pair, partings, report
 from rich.progress import track
 
 from knnlm_core.datastore.reader import Datastore
@@ -42,7 +44,7 @@ from knnlm_server.engine.stopping import StopMatcher
 
 TOKENS, PROMPT_TOKENS, SKIPPED, PROMPTS = 64, 64, 100, 12
 STREAMS = (1, 4)
-SAME_PROMPTS, SAME_TOKENS = 200, 32
+SAME_PROMPTS, SAME_TOKENS, SAME_GROUP = 200, 32, 3
 GRAM, CLOSE_TOKENS = 16, 24
 
 Prompt = list[int]
@@ -199,7 +201,7 @@ def one_round(engine: Engine, lm: TextLM, group: Sequence[Prompt], how: Retrieva
 
 
 def equality(lm: TextLM, pages: Sequence[Prompt], how: Retrieval, off: Engine, on: Engine) -> dict[str, Any]:
-    """How many answers are the same with and without drafts, and how close it was where they part."""
+    """How many answers are the same with and without drafts, and in other batches, and why the others part."""
     places = [
         page[start : start + PROMPT_TOKENS]
         for start in range(0, 100_000, 150)
@@ -208,31 +210,37 @@ def equality(lm: TextLM, pages: Sequence[Prompt], how: Retrieval, off: Engine, o
     ][:SAME_PROMPTS]
     found: dict[str, Any] = {}
     for name, temperature in (("greedy", 0.0), ("sampled with a seed", 1.0)):
-        answers: list[list[Answer]] = []
-        for engine in track((off, on), description=f"Equality, {name}"):
-            params = [
-                SamplingParams(max_tokens=SAME_TOKENS, temperature=temperature, ignore_eos=True, seed=i, logprobs=2)
-                for i in range(len(places))
+        params = [
+            SamplingParams(max_tokens=SAME_TOKENS, temperature=temperature, ignore_eos=True, seed=i)
+            for i in range(len(places))
+        ]
+
+        def answers(engine: Engine, together: int, params: Sequence[SamplingParams] = params) -> list[Answer]:
+            made = [Answer(lm, place, one, how) for place, one in zip(places, params, strict=True)]
+            for start in range(0, len(made), together):
+                for answer in made[start : start + together]:
+                    answer.request.trace_neighbors = 1
+                    engine.submit(answer.request)
+                for answer in made[start : start + together]:
+                    answer.wait()
+            return made
+
+        reference = answers(off, len(places))
+        found[name] = {"prompts": len(places)}
+        for what, engine, together in (
+            ("with drafts", on, len(places)),
+            ("without drafts, in other batches", off, SAME_GROUP),
+        ):
+            others = answers(engine, together)
+            pairs = [
+                Pair(place, one, answer.tokens, other.tokens)
+                for place, one, answer, other in zip(places, params, reference, others, strict=True)
             ]
-            batch = [Answer(lm, place, one, how) for place, one in zip(places, params, strict=True)]
-            for answer in batch:
-                engine.submit(answer.request)
-            for answer in batch:
-                answer.wait()
-            answers.append(batch)
-        partings = []
-        for one, other in zip(*answers, strict=True):
-            pairs = zip(one.tokens, other.tokens, strict=True)
-            parted = next(((a, b) for a, b in pairs if a.token_id != b.token_id), None)
-            if parted is not None:
-                partings.append(abs(parted[0].log_prob - parted[1].log_prob))
-        found[name] = {
-            "prompts": len(places),
-            "same": len(places) - len(partings),
-            "log-probability between the tokens where they part": sorted(partings),
-            "drafted": sum(answer.request.counts.drafted for answer in answers[1]),
-            "accepted": sum(answer.request.counts.accepted for answer in answers[1]),
-        }
+            found[name][what] = {
+                **report(partings(lm, how, pairs), pairs),
+                "drafted": sum(answer.request.counts.drafted for answer in others),
+                "accepted": sum(answer.request.counts.accepted for answer in others),
+            }
     return found
 
 

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from time import perf_counter
 from typing import NamedTuple, cast
 
 import torch
@@ -23,6 +24,18 @@ from knnlm_core.types import EntryRange, Neighbors
 from knnlm_core.walks import FOLLOWED, SEARCHED, SKIPPED, START, Walk, Walks, advance, ask
 
 
+class Timings(NamedTuple):
+    """Seconds that some rows took together; where tensors are on a GPU, until the work was handed to it."""
+
+    gate: float = 0.0  # deciding, with what it looks at
+    search: float = 0.0  # 0 where nothing was to be searched
+    mix: float = 0.0  # weighing, fusing, interpolating
+
+    def plus(self, gate: float = 0.0, search: float = 0.0, mix: float = 0.0) -> Timings:
+        """With some seconds more."""
+        return Timings(self.gate + gate, self.search + search, self.mix + mix)
+
+
 class Found(NamedTuple):
     """What was decided and found for the rows of a step: W neighbours at most, source after source."""
 
@@ -35,6 +48,7 @@ class Found(NamedTuple):
     lambdas: Tensor  # (B, S) float64, λ of each source; of those that found something
     gates: GateReport
     failures: Mapping[int, KnnlmError]  # rows of which a datastore could not be searched, and why
+    timings: Timings = Timings()
 
     @property
     def searched(self) -> Tensor:
@@ -98,14 +112,19 @@ def find(
         context: of the rows; None only where no retrieval needs it.
         walks: of the rows, empty for those without gates that follow; None where no row has one.
     """
+    begun = perf_counter()
     retrieving = by_retrieval(retrievals)
     assert walks is not None or not any(start_walks(retrieval) for retrieval, _ in retrieving), (
         "a gate that follows was asked without the walks. This is a bug."
     )
     gated = gate_rows(keys, retrieving, context, walks)
+    decided = perf_counter()
     blocks, failures = search_uses(keys, gated.uses, len(retrievals), slots=gated.outcomes.shape[1])
     failures.update(gated.failures)
-    return assemble(gated._replace(failures=failures), blocks, retrieving, context)
+    searched = perf_counter()
+    found = assemble(gated._replace(failures=failures), blocks, retrieving, context)
+    searching = searched - decided if any(use.pointers is None for use in gated.uses) else 0.0
+    return found._replace(timings=Timings(decided - begun, searching, perf_counter() - searched))
 
 
 def by_retrieval(retrievals: Sequence[Retrieval | None]) -> Retrieving:
@@ -306,7 +325,11 @@ def mix_rows(
         positions: (B,) int64, how many tokens come before each; None only where no retrieval needs a context.
         walks: as in `find`.
     """
-    return mix_found(lm_log_probs, find(keys, retrievals, context_of(lm_log_probs, retrievals, positions), walks))
+    begun = perf_counter()
+    context = context_of(lm_log_probs, retrievals, positions)
+    looked = perf_counter() - begun
+    found = find(keys, retrievals, context, walks)
+    return mix_found(lm_log_probs, found._replace(timings=found.timings.plus(gate=looked)))
 
 
 def context_of(
@@ -323,8 +346,10 @@ def mix_found(lm_log_probs: Tensor, found: Found) -> MixedRows:
     """`mix_rows` with what was found already."""
     if not bool((found.lmbda > 0).any()):
         return MixedRows(lm_log_probs, found)
+    begun = perf_counter()
     sparse = token_log_probs(found.neighbors.values, found.log_weights)
-    return MixedRows(interpolate(lm_log_probs, sparse, found.lmbda.float()), found)
+    log_probs = interpolate(lm_log_probs, sparse, found.lmbda.float())
+    return MixedRows(log_probs, found._replace(timings=found.timings.plus(mix=perf_counter() - begun)))
 
 
 def mix_targets(lm_log_probs: Tensor, targets: Tensor, found: Found) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from time import perf_counter
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from knnlm_core.knn.gates import HISTORY_FEATURES, MAX_POINTERS, Context, Pointers
-from knnlm_core.mixture import Found, Gated, Use, assemble, by_retrieval, gate_rows, no_neighbors, search_uses
+from knnlm_core.mixture import Found, Gated, Timings, Use, assemble, by_retrieval, gate_rows, no_neighbors, search_uses
 from knnlm_core.retrieval import Retrieval, Source
 from knnlm_core.types import Neighbors
 from knnlm_core.walks import FOLLOWED, SEARCHED, SKIPPED, Walk, Walks, advance, ask
@@ -55,8 +56,10 @@ def replay(
         runs: all rows, each in exactly one run.
     Raises: KnnlmError: a datastore could not be searched.
     """
+    started = perf_counter()
     retrieving = by_retrieval(retrievals)
     gated = gate_rows(keys, retrieving, context, walks=None)
+    decided = perf_counter()
     following = [
         Use(slot, source, rows)
         for retrieval, rows in retrieving
@@ -66,6 +69,7 @@ def replay(
     blocks, failures = search_uses(keys, [*gated.uses, *following], len(keys), slots=gated.outcomes.shape[1])
     for error in failures.values():
         raise error
+    searched = perf_counter()
     for slot in {use.slot for use in following}:
         blocks[slot] = _widened(blocks[slot], MAX_POINTERS)
     walks = [list(run.walks) for run in runs]
@@ -82,7 +86,10 @@ def replay(
         for i, walk in zip(members, trail.walks, strict=True):
             walks[i][use.slot] = walk
         uses += _put_trail(trail, use._replace(rows=rows.tolist()), gated, blocks[use.slot])
-    return Replayed(assemble(gated._replace(uses=uses), blocks, retrieving, context), [tuple(each) for each in walks])
+    walked = perf_counter()
+    found = assemble(gated._replace(uses=uses), blocks, retrieving, context)
+    timings = Timings(decided - started + walked - searched, searched - decided, perf_counter() - walked)
+    return Replayed(found._replace(timings=timings), [tuple(each) for each in walks])
 
 
 class Trail(NamedTuple):

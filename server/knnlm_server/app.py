@@ -40,6 +40,7 @@ from knnlm_server.api import (
 from knnlm_server.api.errors import install_error_handlers
 from knnlm_server.api.middleware import BodyLimit, KeyLimit, RequestLog
 from knnlm_server.api.openapi import DocumentedApp
+from knnlm_server.api.pages import mount_pages, opened
 from knnlm_server.api.selection import SEPARATOR
 from knnlm_server.api.state import Backend, Service
 from knnlm_server.engine.engine import Engine, EngineConfig
@@ -51,22 +52,34 @@ from knnlm_server.registry.registry import Registry
 from knnlm_server.registry.startup import Wishes, restore
 from knnlm_server.registry.watch import Watcher
 from knnlm_server.settings import ServerSettings
+from knnlm_server.telemetry.http_metrics import HttpMetrics
+from knnlm_server.telemetry.traces import Tracing, make_tracing
 
 logger = logging.getLogger(__name__)
 
+# FastAPI has telemetry of its own, for whoever sets OpenTelemetry's globals: it would tell of bodies and of messages of
+# errors. What this server tells, it says itself. Versions without it take the argument and leave it alone.
+_NO_TELEMETRY = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 
-def create_app(settings: ServerSettings, on_failure: Callable[[], None] = lambda: None) -> FastAPI:
+
+def create_app(
+    settings: ServerSettings, on_failure: Callable[[], None] = lambda: None, tracing: Tracing | None = None
+) -> FastAPI:
     """The ASGI application.
 
     Args:
         on_failure: called when the backend cannot start; a server that will never be ready should stop.
+        tracing: makes spans, instead of what the settings say; closed with the app.
+    Raises: UnsupportedFeature: spans are wanted, and OpenTelemetry is not installed.
     """
     state = Service(settings)
+    spans = tracing if tracing is not None else make_tracing(settings.otlp_endpoint, settings.otlp_sample_ratio)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         starting = asyncio.create_task(_start(state, on_failure))
-        yield
+        async with opened(pages):
+            yield
         state.closing = True
         starting.cancel()
         with suppress(asyncio.CancelledError):
@@ -78,10 +91,15 @@ def create_app(settings: ServerSettings, on_failure: Callable[[], None] = lambda
                     own, _stop, state.backend, settings.drain_timeout_s
                 )
                 await stopping
+        await asyncio.to_thread(spans.close)
 
     # A path with a slash too many is unknown, not redirected: behind a proxy the redirect's address would be wrong.
-    app = DocumentedApp(settings, title="knnlm", version=__version__, lifespan=lifespan, redirect_slashes=False)
+    app = DocumentedApp(
+        settings, title="knnlm", version=__version__, lifespan=lifespan, redirect_slashes=False, telemetry=_NO_TELEMETRY
+    )
     app.state.service = state
+    app.state.stopping = asyncio.Event()  # set when the server is to stop, before it waits for answers to end
+    app.state.http_metrics = HttpMetrics()
     for module in (
         completions,
         chat,
@@ -98,10 +116,11 @@ def create_app(settings: ServerSettings, on_failure: Callable[[], None] = lambda
     ):
         app.include_router(module.router)
     install_error_handlers(app)
+    pages = mount_pages(app, app.state.stopping) if settings.playground else []
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(KeyLimit, settings=settings)
-    app.add_middleware(RequestLog)
+    app.add_middleware(RequestLog, metrics=app.state.http_metrics, tracing=spans)
     return app
 
 
@@ -143,7 +162,10 @@ def build_backend(state: Service) -> Backend:
             prefix_cache_bytes=settings.prefix_cache_bytes,
             progress=sys.stderr.isatty(),
             runtime=settings.runtime,
+            compile_steps=settings.compile_steps,
+            compile_cache=settings.compile_cache,
         ),
+        state.wait_for,
     )
     engine = Engine(
         lm,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -14,6 +15,7 @@ from knnlm_core.errors import InvalidParameter
 
 ENV_PREFIX = "KNNLM_"
 ApiKey = Annotated[SecretStr, Field(min_length=1)]
+StepShape = Annotated[str, Field(pattern=r"^[1-9]\d?x[1-9]\d?$")]
 STATE = "serving.json"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -90,6 +92,16 @@ class ServerSettings(BaseSettings):
     key_tap: str | None = Field(
         default=None, description="Which activation is the key, as the datastores were built; by default the family's."
     )
+    compile_steps: Annotated[tuple[StepShape, ...], NoDecode] = Field(
+        default=(),
+        description="Steps to compile before the server is ready, as sequences x new tokens of each: 1x1 is one answer "
+        "at a time; several are separated by commas. For the runtime huggingface on a CPU; needs a C++ compiler.",
+    )
+    compile_cache: Path | None = Field(
+        default=None,
+        description="Folder that keeps compiled steps for the next start, which nobody else may write to; by default "
+        "one of the user's own.",
+    )
     threads: int | None = Field(default=None, ge=1, description="CPU threads; by default what torch and FAISS choose.")
     max_model_len: int | None = Field(
         default=None,
@@ -112,7 +124,7 @@ class ServerSettings(BaseSettings):
         ge=0,
         description="Bound on the search results kept for contexts that come again, in bytes; 0 turns it off.",
     )
-    step_tokens: int = Field(default=512, ge=1, description="Tokens of decoding and prefill per step.")
+    step_tokens: int = Field(default=512, ge=1, description="Tokens of decoding, prefill and drafts per step.")
     draft_tokens: int = Field(
         default=8,
         ge=0,
@@ -141,12 +153,26 @@ class ServerSettings(BaseSettings):
         min_length=1,
         description="Key for routes that change datastores; without one they work only when bound to loopback.",
     )
+    playground: bool = Field(
+        default=True, description="Serve the playground at /playground, where gradio and knnlm-client are installed."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="What is logged.")
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="Log lines as text, or as one JSON object per line."
+    )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        description="Collector that gets a span of each request, by OTLP over HTTP, such as http://localhost:4318; "
+        "needs the extra otel. By default none.",
+    )
+    otlp_sample_ratio: float = Field(
+        default=1.0, ge=0, le=1, description="Share of requests that get spans where the client has not decided."
+    )
 
-    @field_validator("load", "alias", mode="before")
+    @field_validator("load", "alias", "compile_steps", mode="before")
     @classmethod
     def _names(cls, given: object) -> object:
-        """In the environment, names are separated by commas."""
+        """In the environment, names are separated by commas; shapes everywhere."""
         return tuple(name.strip() for name in given.split(",") if name.strip()) if isinstance(given, str) else given
 
     @field_validator("alias")
@@ -165,6 +191,16 @@ class ServerSettings(BaseSettings):
     def _keys(cls, given: object) -> object:
         """In the environment, keys are separated by commas; an empty one is an error, not an open door."""
         return tuple(key.strip() for key in given.split(",")) if isinstance(given, str) else given
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _is_http(cls, given: str | None) -> str | None:
+        """An address that nothing can be sent to would be noticed much later."""
+        if given is not None:
+            url = urlsplit(given)
+            if url.scheme not in ("http", "https") or not url.hostname:
+                raise PydanticCustomError("otlp_endpoint", "must be http://HOST[:PORT] or https://HOST[:PORT]")
+        return given
 
     @field_validator("max_requests_per_key")
     @classmethod

@@ -17,8 +17,10 @@ from test_metrics import read
 
 from knnlm_core.datastore import layout
 from knnlm_core.datastore.calibration import read_calibration
+from knnlm_core.datastore.manifest import Manifest
 from knnlm_core.datastore.publish import set_current
 from knnlm_core.datastore.snapshot import Snapshot
+from knnlm_core.drift import Drift
 
 
 def is_open(datastore: Snapshot) -> bool:
@@ -36,7 +38,8 @@ def swapping_server(published: Published, start_server: Start, own_root: Path) -
     set_current(own_root, "law", published.law_old, _calibration_of(own_root, published.law_old))
     server = start_server(datastores=own_root, load=("law",))
     # A version's first load waits for the engine, to compare keys; tests hold the engine while they swap.
-    server.backend.registry._swaps._drifts[layout.version_folder(own_root, "law", published.law_new)] = None
+    manifest = Manifest.read(layout.version_folder(own_root, "law", published.law_new) / layout.MANIFEST)
+    server.backend.registry._swaps._drifts[manifest.digest] = Drift(0.0, 0.0, 1.0, 100)
     return server
 
 

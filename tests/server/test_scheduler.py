@@ -88,6 +88,7 @@ class Simulation:
         assert [(r.request_id, c.index) for r, c, _ in batch.decodes] == live  # every one of them, once
         prefilled = sum(chunk.stop - chunk.start for chunk in batch.chunks)
         assert prefilled <= max(1, scheduler.step_tokens - len(batch.decodes))
+        assert batch.num_tokens == len(batch.decodes) + prefilled
         for chunk in batch.chunks:
             assert chunk.start == chunk.request.num_prefilled < chunk.stop <= len(chunk.request.prompt_ids)
         if scheduler.has_work():

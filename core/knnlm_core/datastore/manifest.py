@@ -215,6 +215,11 @@ class Manifest(_Section):
         """Size of all files but the manifest."""
         return sum(record.bytes for record in self.files.values())
 
+    @property
+    def digest(self) -> str:
+        """sha256 of its content: of everything about a version, the checksums of its files included."""
+        return hashlib.sha256(canonical(self.model_dump(mode="json"))).hexdigest()
+
     @classmethod
     def read(cls, path: Path) -> Manifest:
         """Read and check a manifest.

@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 SDPA, SHARED_HEADS = "sdpa", "knnlm_shared_heads"
-_OTHER_KINDS = ("softcap", "position_bias", "cache")  # arguments that this function does not take
+OTHER_KINDS = ("softcap", "position_bias", "cache")  # arguments that this function does not take
 
 
 def use_shared_heads(model: Any) -> None:
@@ -47,7 +47,7 @@ def shared_heads_attention(
     Returns: (B, T, heads, size), and nothing for the weights.
     """
     is_copied = query.shape[2] > 1 and query.shape[1] != key.shape[1] and attention_mask is not None
-    if not is_copied or dropout or any(kwargs.get(name) is not None for name in _OTHER_KINDS):
+    if not is_copied or dropout or any(kwargs.get(name) is not None for name in OTHER_KINDS):
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import CONFIG_NAME
 
 from knnlm_core.durable import sync_file, sync_folder
 from knnlm_core.errors import KnnlmError, ModelLoadError
 from knnlm_core.lm.checkpoint import check_complete, first_line
+from knnlm_core.lm.gguf_rope import check_rope
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """Read model and tokenizer from one GGUF file; weights are dequantised to ``dtype``.
 
-    Raises: ModelLoadError: not a GGUF file, an architecture that transformers cannot read, or a missing extra.
+    Raises:
+        ModelLoadError: not a GGUF file, an architecture that transformers cannot read, or a missing extra.
+        UnsupportedModel: its RoPE is scaled in a way that transformers does not read.
     """
     try:
         import gguf  # noqa: F401
@@ -30,8 +33,10 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         if file.read(4) != b"GGUF":
             raise ModelLoadError(f"{path} is not a GGUF file: it does not start with the bytes 'GGUF'")
     try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        check_rope(path, config)
         model, info = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=dtype, output_loading_info=True
+            path.parent, gguf_file=path.name, config=config, dtype=dtype, output_loading_info=True
         )
         check_complete(str(path), info)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)

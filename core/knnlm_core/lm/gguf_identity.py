@@ -5,7 +5,8 @@ transformers half a minute for a small file, so what it finds is kept per conten
 
     <cache>/knnlm/gguf/<sha256 of the file>-<version of transformers>-<FORMAT>/
         identity.json       fingerprints, key tap, sizes, where sequences end
-        probe.npz           per key tap the keys of `probe_ids`, (T, D) float32: what another runtime must find again
+        probe.npz           per key tap the keys of `probe_ids`, (T, D) float32, and the logits of the first of them:
+                            what another runtime must find again
         tokenizer/          the Hugging Face tokenizer
 """
 
@@ -41,9 +42,10 @@ from knnlm_core.types import LMIdentity
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of the folder, and of what the fingerprints are made from
-_PROBE_TOKENS = 24
+FORMAT = 2  # of the folder, and of what the fingerprints are made from
+_PROBE_TOKENS, _LOGIT_ROWS = 24, 8  # eight rows: 4 MB of a vocabulary of 128,000 tokens
 _IDENTITY, _PROBE, _TOKENIZER = "identity.json", "probe.npz", "tokenizer"
+_LOGITS = "logits"  # beside the key taps, none of which is called so
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,7 @@ class GgufReading(NamedTuple):
     facts: GgufFacts
     tokenizer: Any  # a Hugging Face fast tokenizer
     probe: Mapping[str, Tensor]  # key tap → (T, D) float32, the keys of `probe_ids`
+    logits: Tensor  # (R, V) float32, of the first R of them
 
 
 def probe_ids(vocab_size: int, max_length: int = _PROBE_TOKENS) -> list[int]:
@@ -142,9 +145,8 @@ def _read(path: Path) -> GgufReading:
     )
     ids = probe_ids(known.vocab_size, facts.context_length)
     rows = lm.encode([ids], [0])
-    return GgufReading(
-        facts, raw_tokenizer, {FINAL_HIDDEN: rows.hidden.float().clone(), known.key_tap: rows.keys.clone()}
-    )
+    keys = {FINAL_HIDDEN: rows.hidden.float().clone(), known.key_tap: rows.keys.clone()}
+    return GgufReading(facts, raw_tokenizer, keys, lm.logits(rows.hidden[:_LOGIT_ROWS]).float().clone())
 
 
 def _known(folder: Path) -> GgufReading | None:
@@ -159,13 +161,15 @@ def _known(folder: Path) -> GgufReading | None:
         tokenizer = AutoTokenizer.from_pretrained(folder / _TOKENIZER)
         if (have := tokenizer_fingerprint(tokenizer)) != facts.tokenizer_fingerprint:
             raise ValueError(f"its tokenizer has the fingerprint {have}, not {facts.tokenizer_fingerprint}")
-        if (dims := tuple(probe[facts.key_tap].shape)[1:]) != (facts.key_dim,):
-            raise ValueError(f"the keys of its probe have {dims} numbers, not {facts.key_dim}")
+        logits = probe.pop(_LOGITS)
+        for what, rows, width in (("keys", probe[facts.key_tap], facts.key_dim), ("logits", logits, facts.vocab_size)):
+            if (dims := tuple(rows.shape)[1:]) != (width,):
+                raise ValueError(f"the {what} of its probe have {dims} numbers, not {width}")
     except Exception as error:  # whatever a damaged file makes its reader raise
         logger.warning("gguf reading is damaged and made anew folder=%s %s", folder, error)
         shutil.rmtree(folder)
         return None
-    return GgufReading(facts, tokenizer, probe)
+    return GgufReading(facts, tokenizer, probe, logits)
 
 
 def _keep(folder: Path, reading: GgufReading) -> None:
@@ -174,7 +178,8 @@ def _keep(folder: Path, reading: GgufReading) -> None:
     shutil.rmtree(partial, ignore_errors=True)  # what was left by a process that was killed
     reading.tokenizer.save_pretrained(partial / _TOKENIZER)
     (partial / _IDENTITY).write_text(json.dumps(asdict(reading.facts), indent=1), encoding="utf-8")
-    np.savez(partial / _PROBE, **{tap: keys.numpy() for tap, keys in reading.probe.items()})  # type: ignore[arg-type]
+    arrays = {name: rows.numpy() for name, rows in {**reading.probe, _LOGITS: reading.logits}.items()}
+    np.savez(partial / _PROBE, **arrays)  # type: ignore[arg-type]
     for file in partial.rglob("*"):
         sync_file(file)
     os.rename(partial, folder)

@@ -8,21 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from knnlm_core.errors import InvalidParameter, Overloaded, PromptTooLong, UnsupportedModel
+from knnlm_core.errors import InvalidParameter, UnsupportedModel
 from knnlm_core.lm.attention import use_shared_heads
+from knnlm_core.lm.compiled import CompiledSteps, CompileOptions, StepParts
 from knnlm_core.lm.fingerprint import model_fingerprint
 from knnlm_core.lm.head import OutputHead
 from knnlm_core.lm.int8 import INT8, Weights, use_int8_weights
 from knnlm_core.lm.key_tap import find_key_tap
 from knnlm_core.lm.masks import MaskBuilder
 from knnlm_core.lm.prefix_cache import PrefixCache, PrefixCacheUse
-from knnlm_core.lm.probe import check_adapter
+from knnlm_core.lm.probe import check_adapter, check_step, rows_of_step
 from knnlm_core.lm.protocol import Rows, SequenceId, Span
+from knnlm_core.lm.sequences import Sequences, choose_max_length
 from knnlm_core.lm.slot_cache import SlotCache
 from knnlm_core.lm.tokenizer import Tokenizer
 from knnlm_core.types import LMIdentity
 
-DEFAULT_MAX_LENGTH = 8192  # a slot is reserved whole: the longest contexts must be asked for
 _MAX_PADDING = 1.25  # padded tokens per real token in one pass
 _FREE_PADDING = 16  # tokens of padding that cost less than one more pass
 
@@ -41,9 +42,11 @@ class HuggingFaceLM:
         prefix_cache_bytes: bound on what is kept of prompts' beginnings, beside the KV cache; 0 keeps nothing.
         weights: ``full``, or ``int8`` to run the linear layers of a float32 model by `Int8Linear`. The model's identity
             stays that of the weights given.
+        compile_steps: steps to compile, for a model on a CPU with ``full`` weights and sequences.
     Raises:
-        UnsupportedModel: a check of `probe.py` or of the key tap fails.
+        UnsupportedModel: a check of `probe.py` or of the key tap fails, or a step cannot be compiled.
         InvalidParameter: max_length beyond the model's, or no sequence fits kv_cache_bytes.
+        ModelLoadError: see `CompiledSteps`.
     """
 
     def __init__(
@@ -58,13 +61,14 @@ class HuggingFaceLM:
         kv_cache_bytes: int = 4 << 30,
         prefix_cache_bytes: int = 0,
         weights: Weights = "full",
+        compile_steps: CompileOptions | None = None,
     ) -> None:
         self._model = model
         self._body = model.base_model
         self._device = next(model.parameters()).device
         self.tokenizer = tokenizer
         config = model.config.get_text_config()
-        self._max_length = _check_max_length(config, max_length)
+        self._max_length = choose_max_length(config.max_position_embeddings, max_length)
         fingerprint = model_fingerprint(model, config)
         self._numerics = str(model.dtype).removeprefix("torch.")
         if weights == INT8:
@@ -74,15 +78,14 @@ class HuggingFaceLM:
         self._head = OutputHead(model)
         self._tap = find_key_tap(self._body, config, key_tap)
         self._masks = MaskBuilder(config, model.dtype)
-        self._lengths: dict[SequenceId, int] = {}
-        self._free: list[SequenceId] = []
         self._cache: SlotCache | None = None
         if max_sequences:
             self._cache = self._allocate_cache(max_sequences, kv_cache_bytes)
-            self._free = list(range(self._cache.num_slots))
+        self._sequences = Sequences(self.num_sequences, self._max_length)
         self._prefixes: PrefixCache | None = None
         if self._cache is not None and prefix_cache_bytes:
             self._prefixes = PrefixCache(self._cache, prefix_cache_bytes)
+        self._steps: CompiledSteps | None = None
         key_dim, vocab_size = check_adapter(self, model)
         self._identity = LMIdentity(
             model_fingerprint=fingerprint,
@@ -92,6 +95,8 @@ class HuggingFaceLM:
             key_tap=self._tap.name,
             key_dim=key_dim,
         )
+        if compile_steps is not None:
+            self._compile(compile_steps)
 
     @property
     def identity(self) -> LMIdentity:
@@ -103,7 +108,7 @@ class HuggingFaceLM:
 
     @property
     def num_free_sequences(self) -> int:
-        return len(self._free)
+        return self._sequences.num_free
 
     @property
     def num_sequences(self) -> int:
@@ -131,53 +136,40 @@ class HuggingFaceLM:
     # -- sequences ---------------------------------------------------------------------------------------------------
 
     def allocate(self) -> SequenceId:
-        if not self._free:
-            raise Overloaded(f"all {self.num_sequences} sequences are in use")
-        # The lowest slot: live slots stay neighbours, which spares a copy of the cache in every step.
-        sequence = min(self._free)
-        self._free.remove(sequence)
-        self._lengths[sequence] = 0
-        return sequence
+        return self._sequences.allocate()
 
     def length(self, sequence: SequenceId) -> int:
-        return self._lengths[sequence]
+        return self._sequences.length(sequence)
 
     def rewind(self, sequence: SequenceId, length: int) -> None:
-        if not 0 <= length <= self._lengths[sequence]:
-            raise InvalidParameter(f"`length` must be in 0 … {self._lengths[sequence]}, got {length}", param="length")
-        self._lengths[sequence] = length
+        self._sequences.rewind(sequence, length)
 
     @torch.inference_mode()
     def copy(self, sequence: SequenceId) -> SequenceId:
-        length = self._lengths[sequence]
-        fork = self.allocate()
+        length = self._sequences.length(sequence)
+        fork = self._sequences.allocate(length)
         assert self._cache is not None
         self._cache.copy_slot(sequence, fork, length)
-        self._lengths[fork] = length
         return fork
 
     def free(self, sequence: SequenceId) -> None:
-        del self._lengths[sequence]
-        self._free.append(sequence)
+        self._sequences.free(sequence)
 
     @torch.inference_mode()
     def reuse_prefix(self, sequence: SequenceId, tokens: Sequence[int]) -> int:
-        assert self._lengths[sequence] == 0, "only an empty sequence can begin with a known prefix. This is a bug."
         if self._prefixes is not None:
-            self._lengths[sequence] = self._prefixes.load(sequence, tokens)
-        return self._lengths[sequence]
+            self._sequences.begin(sequence, self._prefixes.load(sequence, tokens))
+        return self._sequences.length(sequence)
 
     @torch.inference_mode()
     def keep_prefix(self, sequence: SequenceId, tokens: Sequence[int]) -> None:
         if self._prefixes is not None:
-            self._prefixes.save(sequence, tokens[: self._lengths[sequence]])
+            self._prefixes.save(sequence, tokens[: self._sequences.length(sequence)])
 
     @torch.inference_mode()
     def forward(self, batch: Sequence[Span]) -> Rows:
         for span in batch:
-            total = self._lengths[span.sequence] + len(span.tokens)
-            if total > self._max_length:
-                raise PromptTooLong(f"a sequence may hold at most {self._max_length} tokens, got {total}")
+            self._sequences.check_room(span.sequence, len(span.tokens))
         keys: list[Tensor | None] = [None] * len(batch)
         hidden: list[Tensor | None] = [None] * len(batch)
         for group in _groups([len(span.tokens) for span in batch]):
@@ -191,12 +183,24 @@ class HuggingFaceLM:
         return Rows(torch.cat([k for k in keys if k is not None]), torch.cat([h for h in hidden if h is not None]))
 
     def _pass(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
-        """One forward pass over spans of similar length; returns padded (B, T, D) and (B, T, H)."""
+        """One forward pass over spans of similar length; returns padded keys (B, T, D) and hidden states (B, T, H)."""
         assert self._cache is not None
         num_new = [len(span.tokens) for span in spans]
-        lengths = [self._lengths[span.sequence] for span in spans]
-        plan = self._cache.plan_rows([span.sequence for span in spans], lengths, num_new)
-        ids = _padded([span.tokens for span in spans], self._device)
+        lengths = [self._sequences.length(span.sequence) for span in spans]
+        slots, tokens = [span.sequence for span in spans], [span.tokens for span in spans]
+        rows = self._steps.run(slots, tokens, lengths) if self._steps is not None else None
+        keys, hidden = rows or self._eager_pass(slots, tokens, lengths)
+        for span, new in zip(spans, num_new, strict=True):
+            self._sequences.extend(span.sequence, new)
+        return keys.float(), hidden
+
+    def _eager_pass(
+        self, slots: Sequence[SequenceId], tokens: Sequence[Sequence[int]], lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """`_pass` of any shape, by the model as it is."""
+        assert self._cache is not None
+        plan = self._cache.plan_rows(slots, lengths, [len(row) for row in tokens])
+        ids = _padded(tokens, self._device)
         starts = torch.tensor(lengths, device=self._device)
         positions = starts[:, None] + torch.arange(ids.shape[1], device=self._device)
         mask = self._masks(starts, ids.shape[1], plan.kv_length)
@@ -212,9 +216,16 @@ class HuggingFaceLM:
                 ).last_hidden_state
         finally:
             self._cache.plan = None
-        for span, new in zip(spans, num_new, strict=True):
-            self._lengths[span.sequence] += new
-        return self._tap.key(seen, output).float(), output
+        return self._tap.key(seen, output), output
+
+    def _compile(self, options: CompileOptions) -> None:
+        """Compile steps, and compare their rows with those of the same passes without."""
+        assert self._cache is not None, "steps are of sequences. This is a bug."
+        steps = CompiledSteps(StepParts(self._model, self._tap, self._masks, self._cache), options)
+        eager = [rows_of_step(self, *shape) for shape in options.shapes]
+        self._steps = steps
+        for shape, need in zip(options.shapes, eager, strict=True):
+            check_step(self, self._model, f"the compiled step {shape}", rows_of_step(self, *shape), need)
 
     # -- whole windows -----------------------------------------------------------------------------------------------
 
@@ -236,11 +247,10 @@ class HuggingFaceLM:
         return self._head(hidden)
 
     def close(self) -> None:
-        self._cache = self._prefixes = None
-        self._lengths.clear()
-        self._free.clear()
+        self._cache = self._prefixes = self._steps = None
+        self._sequences.clear()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _allocate_cache(self, max_sequences: int, kv_cache_bytes: int) -> SlotCache:
         """Learn the layers' shapes from two tokens, then reserve as many slots as the bound allows."""
         ids = torch.zeros((1, 2), dtype=torch.long, device=self._device)
@@ -266,15 +276,6 @@ class HuggingFaceLM:
         return SlotCache(
             shapes, num_slots=num_slots, capacity=self._max_length, dtype=self._model.dtype, device=self._device
         )
-
-
-def _check_max_length(config: Any, requested: int | None) -> int:
-    limit: int = config.max_position_embeddings
-    if requested is not None and not 2 <= requested <= limit:
-        raise InvalidParameter(
-            f"`max_model_len` must be in 2 … {limit} (the model's context), got {requested}", param="max_model_len"
-        )
-    return requested or min(limit, DEFAULT_MAX_LENGTH)
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

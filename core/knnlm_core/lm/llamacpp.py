@@ -20,15 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knnlm_core.errors import InvalidParameter, Overloaded, PromptTooLong
+from knnlm_core.errors import InvalidParameter, PromptTooLong
 from knnlm_core.lm.gguf_identity import read_gguf
-from knnlm_core.lm.huggingface import DEFAULT_MAX_LENGTH
 from knnlm_core.lm.key_tap import FFN_INPUT, FINAL_HIDDEN
-from knnlm_core.lm.llamacpp_checks import check_keys, check_vocabulary
+from knnlm_core.lm.llamacpp_checks import check_probe, check_vocabulary
 from knnlm_core.lm.llamacpp_context import BATCH_TOKENS, MAX_SEQUENCES, LlamaContext, LlamaModel
 from knnlm_core.lm.llamacpp_prefixes import KeptPrefixes
 from knnlm_core.lm.prefix_cache import PrefixCacheUse
 from knnlm_core.lm.protocol import Rows, SequenceId, Span
+from knnlm_core.lm.sequences import Sequences, choose_max_length
 from knnlm_core.lm.tokenizer import Tokenizer
 from knnlm_core.types import LMIdentity
 
@@ -84,8 +84,7 @@ class LlamaCppLM:
                 f"`key_tap` must be {FFN_INPUT!r} or {FINAL_HIDDEN!r}, got {key_tap!r}", param="key_tap"
             )
         self._context: LlamaContext | None = None
-        self._lengths: dict[SequenceId, int] = {}
-        self._free: list[SequenceId] = []
+        self._sequences = Sequences(0, 0)
         self._model = LlamaModel(path)
         try:
             reading = read_gguf(path, cache)
@@ -93,13 +92,13 @@ class LlamaCppLM:
             self.tokenizer = Tokenizer(reading.tokenizer, eos_token_ids=reading.facts.eos_token_ids)
             self._identity = reading.facts.identity(name, key_tap)
             check_vocabulary(path, self._model, self._identity, self.tokenizer)
-            self._max_length = _check_max_length(reading.facts.context_length, max_length)
+            self._max_length = choose_max_length(reading.facts.context_length, max_length)
             self._token_bytes = self._model.num_layers * self._model.cells_per_layer * (4 if exact else 2)
-            self._num_sequences = self._count_sequences(max_sequences, kv_cache_bytes)
-            windows = self._num_sequences + _WINDOWS_AT_ONCE
-            prefixes = range(windows, windows + _MAX_PREFIXES) if self._num_sequences else ()
-            self._free = list(range(self._num_sequences))
-            self._cells = self._max_length * (self._num_sequences + 1)
+            self._sequences = Sequences(self._count_sequences(max_sequences, kv_cache_bytes), self._max_length)
+            windows = self.num_sequences + _WINDOWS_AT_ONCE
+            prefixes = range(windows, windows + _MAX_PREFIXES) if self.num_sequences else ()
+            # With fewer cells than sequences llama.cpp aborts the process.
+            self._cells = max(self._max_length * (self.num_sequences + 1), windows + len(prefixes))
             self._prefixes = KeptPrefixes(prefixes, min(prefix_cache_bytes // self._token_bytes, self._cells))
             self._context = LlamaContext(
                 self._model,
@@ -109,7 +108,7 @@ class LlamaCppLM:
                 threads=threads or torch.get_num_threads(),
                 exact=exact,
             )
-            check_keys(self, path, reading, key_tap)
+            check_probe(self, path, reading, key_tap)
         except BaseException:
             self.close()
             raise
@@ -124,11 +123,11 @@ class LlamaCppLM:
 
     @property
     def num_free_sequences(self) -> int:
-        return len(self._free)
+        return self._sequences.num_free
 
     @property
     def num_sequences(self) -> int:
-        return self._num_sequences
+        return self._sequences.count
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -150,64 +149,52 @@ class LlamaCppLM:
     # -- sequences ---------------------------------------------------------------------------------------------------
 
     def allocate(self) -> SequenceId:
-        if not self._free:
-            raise Overloaded(f"all {self.num_sequences} sequences are in use")
-        sequence = min(self._free)
-        self._free.remove(sequence)
-        self._lengths[sequence] = 0
-        return sequence
+        return self._sequences.allocate()
 
     def length(self, sequence: SequenceId) -> int:
-        return self._lengths[sequence]
+        return self._sequences.length(sequence)
 
     def rewind(self, sequence: SequenceId, length: int) -> None:
-        if not 0 <= length <= self._lengths[sequence]:
-            raise InvalidParameter(f"`length` must be in 0 … {self._lengths[sequence]}, got {length}", param="length")
+        self._sequences.rewind(sequence, length)
         self._running.forget(sequence, length)
-        self._lengths[sequence] = length
 
     def copy(self, sequence: SequenceId) -> SequenceId:
-        length = self._lengths[sequence]
-        fork = self.allocate()
+        length = self._sequences.length(sequence)
+        fork = self._sequences.allocate(length)
         self._running.share(sequence, fork, length)
-        self._lengths[fork] = length
         return fork
 
     def free(self, sequence: SequenceId) -> None:
-        del self._lengths[sequence]
+        self._sequences.free(sequence)
         self._running.forget(sequence)
-        self._free.append(sequence)
 
     def reuse_prefix(self, sequence: SequenceId, tokens: Sequence[int]) -> int:
-        assert self._lengths[sequence] == 0, "only an empty sequence can begin with a known prefix. This is a bug."
         if self._prefixes.max_tokens:
             holder, length = self._prefixes.find(tokens)
+            self._sequences.begin(sequence, length)
             if length:
                 self._running.share(holder, sequence, length)
-                self._lengths[sequence] = length
-        return self._lengths[sequence]
+        return self._sequences.length(sequence)
 
     def keep_prefix(self, sequence: SequenceId, tokens: Sequence[int]) -> None:
         if not self._prefixes.max_tokens:
             return
-        tokens = tokens[: self._lengths[sequence]]
+        tokens = tokens[: self._sequences.length(sequence)]
         holder, dropped = self._prefixes.keep(tokens)
         self._empty(dropped)
         if holder is not None:
             self._running.share(sequence, holder, self._prefixes.length(holder))
 
     def forward(self, batch: Sequence[Span]) -> Rows:
-        parts = [_Part(span.sequence, self._lengths[span.sequence], span.tokens, span.rows) for span in batch]
-        for part in parts:
-            total = part.start + len(part.tokens)
-            if total > self._max_length:
-                raise PromptTooLong(f"a sequence may hold at most {self._max_length} tokens, got {total}")
-        live = sum(self._lengths.values()) + sum(len(part.tokens) for part in parts)
+        for span in batch:
+            self._sequences.check_room(span.sequence, len(span.tokens))
+        parts = [_Part(span.sequence, self.length(span.sequence), span.tokens, span.rows) for span in batch]
+        live = self._sequences.num_tokens + sum(len(part.tokens) for part in parts)
         # One window's room stays free for `encode`.
         self._empty(self._prefixes.release(self._cells - self._max_length - live))
         rows = self._append(parts)
         for part in parts:
-            self._lengths[part.sequence] = part.start + len(part.tokens)
+            self._sequences.extend(part.sequence, len(part.tokens))
         return rows
 
     # -- whole windows -----------------------------------------------------------------------------------------------
@@ -219,7 +206,7 @@ class LlamaCppLM:
         found = []
         for group in _groups([len(window) for window in windows], self._max_length):
             parts = [
-                _Part(self._num_sequences + at, 0, windows[i], len(windows[i]) - first_rows[i])
+                _Part(self.num_sequences + at, 0, windows[i], len(windows[i]) - first_rows[i])
                 for at, i in enumerate(group)
             ]
             found.append(self._append(parts))
@@ -236,8 +223,7 @@ class LlamaCppLM:
             self._context.close()
             self._context = None
         self._model.close()
-        self._lengths.clear()
-        self._free.clear()
+        self._sequences.clear()
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -287,14 +273,6 @@ class LlamaCppLM:
                 param="kv_cache_bytes",
             )
         return min(wanted, fitting, MAX_SEQUENCES - _WINDOWS_AT_ONCE - _MAX_PREFIXES) if wanted else 0
-
-
-def _check_max_length(limit: int, requested: int | None) -> int:
-    if requested is not None and not 2 <= requested <= limit:
-        raise InvalidParameter(
-            f"`max_model_len` must be in 2 … {limit} (the model's context), got {requested}", param="max_model_len"
-        )
-    return requested or min(limit, DEFAULT_MAX_LENGTH)
 
 
 def _groups(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:

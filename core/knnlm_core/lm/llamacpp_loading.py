@@ -43,6 +43,8 @@ def choose_runtime(model: str, options: LoadOptions, device: str) -> str:
             reason = "the extra llamacpp is not installed"
         elif options.dtype != "auto" or options.weights != "full":
             reason = f"dtype {options.dtype} with {options.weights} weights was asked for"
+        elif options.compile_steps:
+            reason = "compiled steps were asked for"
         elif device != "cpu":
             reason = f"the device is {device}"
         else:
@@ -70,6 +72,12 @@ def load_llamacpp(model: str, options: LoadOptions, *, name: str) -> LlamaCppLM:
                 f"they are on a CPU; got {given!r}",
                 param=option,
             )
+    if options.compile_steps:
+        raise InvalidParameter(
+            "`compile_steps` is for the runtime huggingface: llama.cpp's steps are compiled already; got "
+            f"{','.join(options.compile_steps)!r}",
+            param="compile_steps",
+        )
     path = Path(model).expanduser()
     if not path.is_file():
         raise ModelNotFound(f"there is no model at {model!r}: no such file", param="model")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,9 @@ from transformers.utils import logging as transformers_logging
 
 from knnlm_core.errors import InvalidParameter, KnnlmError, ModelLoadError, ModelNotFound
 from knnlm_core.lm.checkpoint import check_complete, eos_token_ids, first_line
+from knnlm_core.lm.compiled import CompileOptions, parse_shapes
 from knnlm_core.lm.gguf import load_gguf
+from knnlm_core.lm.gguf_identity import user_cache
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_core.lm.int8 import INT8, Weights
 from knnlm_core.lm.llamacpp_loading import LLAMACPP, choose_runtime, load_llamacpp
@@ -36,12 +38,15 @@ class LoadOptions:
 
     Attributes:
         runtime: what runs the model: ``huggingface``, ``llamacpp`` (GGUF files, on a CPU), or ``auto``: llama.cpp for a
-            GGUF file where it is installed and neither a dtype, int8 weights nor a GPU is to be used.
+            GGUF file where it is installed and neither a dtype, int8 weights, compiled steps nor a GPU is to be used.
         dtype: ``auto`` (float32 on a CPU, bfloat16 on a GPU), ``float32``, ``bfloat16`` or ``float16``.
         device: ``auto``, ``cpu`` or a CUDA device.
         key_tap, max_length, max_sequences, kv_cache_bytes, prefix_cache_bytes: see `HuggingFaceLM`, `LlamaCppLM`.
         weights: ``full``, or ``int8`` for linear layers of int8 weights, in float32 on a CPU.
         progress: show the loader's progress bar; for terminals.
+        compile_steps: shapes of steps to compile, such as ``1x1``, in the runtime huggingface on a CPU with ``full``
+            weights; see `compiled.py`.
+        compile_cache: folder of compiled steps; None for the user's.
     """
 
     dtype: str = "auto"
@@ -54,11 +59,17 @@ class LoadOptions:
     progress: bool = False
     weights: str = "full"
     runtime: str = "huggingface"
+    compile_steps: tuple[str, ...] = ()
+    compile_cache: Path | None = None
 
 
-def load_lm(model: str, options: LoadOptions | None = None) -> TextLM:
+def load_lm(
+    model: str, options: LoadOptions | None = None, report: Callable[[str], None] = lambda what: None
+) -> TextLM:
     """Load a causal LM from a hub id, a local folder or a GGUF file.
 
+    Args:
+        report: is told what a load that takes minutes waits for; what it raises ends the load.
     Raises:
         ModelNotFound: no such path, or the hub has no such id or cannot be reached.
         ModelLoadError: the files are there but do not load, or the runtime is not installed.
@@ -73,6 +84,7 @@ def load_lm(model: str, options: LoadOptions | None = None) -> TextLM:
             return load_llamacpp(model, options, name=model_name(model))
     dtype = _dtype(options.dtype, device)
     weights = _weights(options.weights, dtype, device)
+    compile_steps = _compile_steps(options, weights, device, report)
     with warnings.catch_warnings(), _progress_bars(options.progress):
         # Libraries' own deprecations while loading are not the user's to mend.
         warnings.simplefilter("ignore")
@@ -88,6 +100,7 @@ def load_lm(model: str, options: LoadOptions | None = None) -> TextLM:
         kv_cache_bytes=options.kv_cache_bytes,
         prefix_cache_bytes=options.prefix_cache_bytes,
         weights=weights,
+        compile_steps=compile_steps,
     )
     logger.info(
         "model loaded name=%s numerics=%s device=%s key_tap=%s sequences=%d fingerprint=%s",
@@ -179,3 +192,20 @@ def _weights(name: str, dtype: torch.dtype, device: torch.device) -> Weights:
             param="weights",
         )
     return weights
+
+
+def _compile_steps(
+    options: LoadOptions, weights: Weights, device: torch.device, report: Callable[[str], None]
+) -> CompileOptions | None:
+    if not options.compile_steps:
+        return None
+    if weights != "full" or device.type != "cpu":
+        raise InvalidParameter(
+            f"`compile_steps` is for full weights on a CPU, got {weights} weights on {device}; leave it out",
+            param="compile_steps",
+        )
+    if not options.max_sequences:
+        raise InvalidParameter("`compile_steps` needs sequences, got `max_sequences` 0", param="compile_steps")
+    return CompileOptions(
+        parse_shapes(options.compile_steps), options.compile_cache or user_cache() / "compiled", report
+    )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from knnlm_core.errors import UnsupportedModel
-from knnlm_core.lm.protocol import CausalLM, Span
+from knnlm_core.lm.protocol import CausalLM, Rows, Span
 
 _LENGTH = 24
 # Allowed difference relative to the spread of the logits, by numerics; int8 computes its steps in bfloat16.
@@ -24,9 +24,7 @@ def check_adapter(lm: CausalLM, model: Any) -> tuple[int, int]:
     Raises: UnsupportedModel: naming the check that fails and by how much.
     """
     device = next(model.parameters()).device
-    vocab = model.get_input_embeddings().num_embeddings
-    # A fixed walk through the vocabulary: no two tokens alike, the same on every machine.
-    ids = [(7919 * (i + 1)) % min(vocab, 50_000) for i in range(min(_LENGTH, lm.max_length))]
+    ids = _walk(model.get_input_embeddings().num_embeddings, min(_LENGTH, lm.max_length))
     expected = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].float()
 
     rows = lm.encode([ids], [0])
@@ -43,6 +41,35 @@ def check_adapter(lm: CausalLM, model: Any) -> tuple[int, int]:
         _compare("slot cache", lm.logits(torch.cat([p.hidden for p in pieces])), expected, model, tolerance)
         _compare("key tap", torch.cat([p.keys for p in pieces]), rows.keys, model, tolerance)
     return rows.keys.shape[1], expected.shape[1]
+
+
+@torch.inference_mode()
+def rows_of_step(lm: CausalLM, rows: int, tokens: int) -> Rows:
+    """The rows of one step: some sequences of different lengths, with so many new tokens each."""
+    held = [min(_LENGTH + row, lm.max_length - tokens) for row in range(rows)]
+    ids = _walk(lm.identity.vocab_size, max(held) + tokens)
+    sequences = [lm.allocate() for _ in held]
+    for sequence, length in zip(sequences, held, strict=True):
+        if length:
+            lm.forward([Span(sequence, ids[:length])])
+    step = [Span(s, ids[n : n + tokens], tokens) for s, n in zip(sequences, held, strict=True)]
+    made = lm.forward(step)
+    for sequence in sequences:
+        lm.free(sequence)
+    return made
+
+
+@torch.inference_mode()
+def check_step(lm: CausalLM, model: Any, what: str, have: Rows, need: Rows) -> None:
+    """Compare rows of one step that were made in two ways. Raises UnsupportedModel: they differ too much."""
+    tolerance = _TOLERANCE[lm.numerics]
+    _compare(what, lm.logits(have.hidden), lm.logits(need.hidden), model, tolerance)
+    _compare(f"the key of {what}", have.keys, need.keys, model, tolerance)
+
+
+def _walk(vocab: int, length: int) -> list[int]:
+    """A fixed walk through the vocabulary: no two tokens alike, the same on every machine."""
+    return [(7919 * (i + 1)) % min(vocab, 50_000) for i in range(length)]
 
 
 def _compare(what: str, have: Tensor, need: Tensor, model: Any, tolerance: float) -> None:

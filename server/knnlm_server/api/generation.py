@@ -31,6 +31,7 @@ from knnlm_server.engine.events import Event, Failed, Finished, RetrievalCounts,
 from knnlm_server.engine.request import Choice, CompletionRequest
 from knnlm_server.engine.sampling_params import SamplingParams
 from knnlm_server.engine.stopping import StopMatcher
+from knnlm_server.telemetry.record import WorkReport
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,9 @@ async def begin_job(
     except BaseException:
         lease.drop()
         raise
-    return GenerationJob(backend, Chosen(selection, lease, retrievals), plan, answer_id)
+    job = GenerationJob(backend, Chosen(selection, lease, retrievals), plan, answer_id)
+    request.state.record.work = job.report
+    return job
 
 
 class GenerationJob:
@@ -120,6 +123,7 @@ class GenerationJob:
     def __init__(self, backend: Backend, chosen: Chosen, plan: GenerationPlan, answer_id: str) -> None:
         self.backend = backend
         self.selection = chosen.selection
+        self._labels = chosen.selection.labels  # now: when all is over, a datastore may be closed
         self._retrievals = chosen.retrievals
         self.plan = plan
         self.id = answer_id
@@ -129,6 +133,7 @@ class GenerationJob:
         self._requests: list[CompletionRequest] = []
         self._calls: list[EngineCall] = []
         self._lease = chosen.lease
+        self._error: str | None = None
         self._is_open = True
         try:
             self._submit()
@@ -178,6 +183,7 @@ class GenerationJob:
         while self._num_finished < len(self._requests):
             item = await self._events.get()
             if isinstance(item.event, Failed):
+                self._error = item.event.error.code
                 raise item.event.error
             self._num_finished += isinstance(item.event, Finished)
             self._completion_tokens += isinstance(item.event, TokenEvent)
@@ -206,9 +212,25 @@ class GenerationJob:
             "prompt_tokens_details": {"cached_tokens": sum(r.num_cached for r in self._requests)},
         }
         if self.selection.retrieval is not None:
-            fields = RetrievalCounts.__slots__
-            usage["knn"] = {name: sum(getattr(r.counts, name) for r in self._requests) for name in fields}
+            usage["knn"] = self._counts()
         return usage
+
+    def _counts(self) -> dict[str, int]:
+        fields = RetrievalCounts.__slots__
+        return {name: sum(getattr(r.counts, name) for r in self._requests) for name in fields}
+
+    def report(self) -> WorkReport:
+        """For log, metrics and spans; at any time."""
+        return WorkReport(
+            model=self.selection.model,
+            datastores=self._labels,
+            prompt_tokens=sum(map(len, self.plan.prompts)),
+            tokens=self._completion_tokens,
+            retrievals=self._counts() if self.selection.retrieval is not None else {},
+            working="prefill",
+            timelines=[request.timeline for request in self._requests],
+            error=self._error,
+        )
 
 
 class Renderer(Protocol):
@@ -273,7 +295,7 @@ async def _stream(body: GenerationBody, job: GenerationJob, renderer: Renderer) 
     except KnnlmError as error:
         yield error_event(error)
     except Exception:
-        logger.exception("stream failed id=%s", job.id)
+        logger.exception("stream failed answer=%s", job.id)
         yield error_event(KnnlmError("internal error"))
     else:
         if body.wants_usage:

@@ -79,7 +79,9 @@ async def _begin(
     if body.wants_attribution:
         check_attributed(sum(text.num_scored for text in texts), selection.retrieval)
     plan = ScorePlan(texts, windows, body.overlap, body.wants_attribution, request.state.request_id)
-    return ScoreJob(backend, selection, lease, plan)
+    job = ScoreJob(backend, selection, lease, plan)
+    request.state.record.work = job.report
+    return job
 
 
 async def _collect(job: ScoreJob) -> list[ScoredText]:

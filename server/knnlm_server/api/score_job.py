@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from knnlm_core.datastore.overlap import longest_matches
 from knnlm_core.errors import KnnlmError
+from knnlm_core.walks import FOLLOWED, SEARCHED, SKIPPED
 from knnlm_core.windows import WindowSizes
 from knnlm_server.api.checkpoint import Checkpoint
 from knnlm_server.api.engine_call import EngineCall
@@ -22,9 +23,12 @@ from knnlm_server.api.selection import Selection
 from knnlm_server.api.shared_lease import SharedLease
 from knnlm_server.api.state import Backend
 from knnlm_server.engine.scoring import ScoreRequest, TokenScores, no_scores
+from knnlm_server.telemetry.record import WorkReport
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+_OUTCOMES = {SEARCHED: "searched", FOLLOWED: "followed", SKIPPED: "skipped"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,7 @@ class ScoreJob:
 
     def __init__(self, backend: Backend, selection: Selection, lease: SharedLease, plan: ScorePlan) -> None:
         self.selection = selection
+        self._labels = selection.labels  # now: when all is over, a datastore may be closed
         self.plan = plan
         self._lease = lease
         self._threads = backend.threads
@@ -92,6 +97,7 @@ class ScoreJob:
         self._matches: list[NDArray[np.uint8]] | None = None
         self._num_done = 0
         self._error: KnnlmError | None = None
+        self._retrievals = dict.fromkeys(_OUTCOMES, 0)
         self._changed = asyncio.Event()
         self._is_open = True
         self._checkpoint = Checkpoint()
@@ -101,6 +107,8 @@ class ScoreJob:
         self._search = asyncio.ensure_future(self._find_overlaps()) if plan.overlap else None
 
     def _take(self, index: int, scores: TokenScores) -> None:
+        for outcome in self._retrievals:
+            self._retrievals[outcome] += int((scores.outcomes == outcome).sum())
         self._ready.append((index, scores))
         self._changed.set()
 
@@ -137,6 +145,20 @@ class ScoreJob:
     def progress(self) -> Progress:
         """How far it has come by now."""
         return Progress(len(self.plan.texts), self._num_done, self._num_tokens, self._request.tokens_done)
+
+    def report(self) -> WorkReport:
+        """For log, metrics and spans; at any time. What was done for the tokens is known text by text."""
+        retrievals = {name: self._retrievals[outcome] for outcome, name in _OUTCOMES.items()}
+        return WorkReport(
+            model=self.selection.model,
+            datastores=self._labels,
+            prompt_tokens=0,
+            tokens=self._request.tokens_done,
+            retrievals=retrievals if self.selection.retrieval is not None else {},
+            working="score",
+            timelines=[self._request.timeline],
+            error=None if self._error is None else self._error.code,
+        )
 
     async def texts(self, tick_s: float | None = None) -> AsyncIterator[ScoredText | None]:
         """Each text once, as soon as it is done, in any order; None when ``tick_s`` seconds have passed without one.

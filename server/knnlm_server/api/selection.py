@@ -37,6 +37,11 @@ class Selection:
     weighs_by_prompt: bool = False
 
     @property
+    def labels(self) -> str:
+        """What answers name the datastores; empty without one."""
+        return STORE_SEPARATOR.join(lease.label for lease in self.leases)
+
+    @property
     def stores(self) -> tuple[Entries, ...]:
         """The datastores, in the order of the retrieval's sources."""
         return tuple(lease.datastore for lease in self.leases)

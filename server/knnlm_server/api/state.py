@@ -60,10 +60,14 @@ class Service:
         if self.closing:
             raise ShuttingDown("the server is shutting down")
 
+    def wait_for(self, what: str) -> None:
+        """A start has come to this. Raises ShuttingDown: it need not go on."""
+        self.require_open()
+        self.waiting_for = what
+
     def wait_for_datastore(self, name: str) -> None:
         """A start has come to this datastore. Raises ShuttingDown: it need not go on."""
-        self.require_open()
-        self.waiting_for = f"datastore {name!r} to load"
+        self.wait_for(f"datastore {name!r} to load")
 
     def require(self) -> Backend:
         """The backend. Raises NotReady or ShuttingDown with the reason."""

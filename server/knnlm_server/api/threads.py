@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 READING_THREADS = 4
 OVERLAP_THREADS = 2
 LOADING_THREADS = 4
 CHANGING_THREADS = 4
 MAINTENANCE_THREADS = 2
+
+
+class _InContext(ThreadPoolExecutor):
+    """Work knows what it is done for, as a task does: its log lines carry the request's id."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        return super().submit(partial(copy_context().run, fn, *args, **kwargs))
 
 
 class Threads:
@@ -25,11 +39,11 @@ class Threads:
     """
 
     def __init__(self) -> None:
-        self.reading = ThreadPoolExecutor(READING_THREADS, "reading")
-        self.overlap = ThreadPoolExecutor(OVERLAP_THREADS, "overlap")
-        self.loading = ThreadPoolExecutor(LOADING_THREADS, "loading")
-        self.changing = ThreadPoolExecutor(CHANGING_THREADS, "changing")
-        self.maintenance = ThreadPoolExecutor(MAINTENANCE_THREADS, "maintenance")
+        self.reading = _InContext(READING_THREADS, "reading")
+        self.overlap = _InContext(OVERLAP_THREADS, "overlap")
+        self.loading = _InContext(LOADING_THREADS, "loading")
+        self.changing = _InContext(CHANGING_THREADS, "changing")
+        self.maintenance = _InContext(MAINTENANCE_THREADS, "maintenance")
 
     def close(self) -> None:
         """Drop the work that waits and take no more; the process ends when what runs has ended."""

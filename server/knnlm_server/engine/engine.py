@@ -17,10 +17,11 @@ import torch
 from knnlm_core.errors import EngineFailure, KnnlmError, Overloaded, RequestCancelled, ShuttingDown
 from knnlm_core.lm.head import LOGIT_ELEMENTS_PER_CHUNK
 from knnlm_core.lm.protocol import CausalLM
+from knnlm_server.engine.accounting import count_step, requests_of
 from knnlm_server.engine.events import Failed, Finished, TokenEvent
-from knnlm_server.engine.next_tokens import Decided, NextToken, StepFailure
+from knnlm_server.engine.next_tokens import NextToken, StepFailure
 from knnlm_server.engine.request import Choice, CompletionRequest
-from knnlm_server.engine.scheduler import Batch, Scheduler
+from knnlm_server.engine.scheduler import Scheduler
 from knnlm_server.engine.speculation import Speculator
 from knnlm_server.engine.step import Outcome, PromptRead, PromptScores, run_step
 from knnlm_server.engine.window_work import WindowWork
@@ -36,7 +37,7 @@ class EngineConfig:
     """Bounds of the engine.
 
     Attributes:
-        step_tokens: tokens of decoding and prefill per step.
+        step_tokens: tokens of decoding, prefill and drafts per step.
         score_tokens: padded tokens per scoring pass while nothing is being generated.
         draft_tokens: tokens of one draft at most; 0 for no drafts.
         max_queued: requests that may wait; one more is refused.
@@ -70,7 +71,9 @@ class Engine:
         self._lm = lm
         self._eos = tuple(eos_token_ids)
         self._scheduler = Scheduler(lm.num_sequences, self.config.step_tokens, self._begin_prompt)
-        self._speculator = Speculator(self.config.draft_tokens, LOGIT_ELEMENTS_PER_CHUNK // lm.identity.vocab_size)
+        self._speculator = Speculator(
+            self.config.draft_tokens, LOGIT_ELEMENTS_PER_CHUNK // lm.identity.vocab_size, self.config.step_tokens
+        )
         self._scoring: deque[WindowWork] = deque()
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._accepted: set[Request] = set()  # submitted and not yet ended
@@ -95,6 +98,13 @@ class Engine:
             ShuttingDown: no request is taken any more.
             InvalidParameter: more choices than sequences.
         """
+        try:
+            self._admit(request)
+        except KnnlmError as error:
+            self.metrics.of_requests.rejected.labels(error.code).inc()
+            raise
+
+    def _admit(self, request: Request) -> None:
         if isinstance(request, CompletionRequest):
             self._scheduler.check(request)
         with self._lock:
@@ -190,27 +200,33 @@ class Engine:
         try:
             batch = speculator.draft(batch, self._eos)
             step = run_step(self._lm, batch, self._eos, speculator.most > 0)
+            count_step(self.metrics.of_passes, batch, step)
             for chunk in batch.chunks:
                 if chunk.is_last:  # before anything can free the sequence
                     self._keep(chunk.request, chunk.request.choices[0])
+            # All of them before one can end its request: what lies behind it was done too.
+            for outcome in step.outcomes:
+                self._count_decisions(outcome)
             for outcome in step.outcomes:
                 self._take(outcome)
             speculator.learn_cost(batch, step.pass_seconds, step.draw_seconds)
             for decode, count in zip(batch.decodes, before, strict=True):
                 speculator.learn(decode.choice, decode.choice.token_ids[count:])
         except Exception as error:
-            logger.exception("step failed chunks=%d decodes=%d", len(batch.chunks), len(batch.decodes))
-            self._fail(_requests(batch), error)
+            requests = requests_of(batch)
+            logger.exception("step failed requests=%s", ",".join(request.request_id for request in requests))
+            self._fail(requests, error)
 
     def _begin_prompt(self, request: CompletionRequest) -> int:
         """Give a prompt its sequence; returns how many tokens of it the prefix cache spares."""
+        self.metrics.of_requests.count_start(request.kind, request.timeline)
         sequence = request.choices[0].sequence = self._lm.allocate()
         if request.prompt_logprobs is None:  # a prompt to be scored needs all its rows
             try:
                 # The last token is always read: its row gives the first token of the completion.
                 request.num_cached = self._lm.reuse_prefix(sequence, request.prompt_ids[:-1])
             except Exception:  # such as no memory left: the prompt can still be read
-                logger.exception("prefix cache not read request=%s", request.request_id)
+                request.timeline.context.run(logger.exception, "prefix cache not read request=%s", request.request_id)
         return request.num_cached
 
     def _keep(self, request: CompletionRequest, choice: Choice) -> None:
@@ -218,15 +234,15 @@ class Engine:
         try:
             self._lm.keep_prefix(choice.sequence, [*request.prompt_ids, *choice.token_ids])
         except Exception:  # the answer does not need it
-            logger.exception("prefix not kept request=%s", request.request_id)
+            request.timeline.context.run(logger.exception, "prefix not kept request=%s", request.request_id)
 
     def _take(self, outcome: Outcome) -> None:
         request = outcome.request
         if isinstance(outcome, StepFailure):
-            logger.error("search failed request=%s %s", request.request_id, outcome.error.message)
+            run, message = request.timeline.context.run, outcome.error.message
+            run(logger.error, "search failed request=%s %s", request.request_id, message)
             self._end(request, outcome.error)
         elif isinstance(outcome, PromptScores):
-            self._count_retrieval(request, outcome.decided, of=len(outcome.event.log_probs))
             request.emit(outcome.event)
         elif isinstance(outcome, PromptRead):
             self._end(request)
@@ -240,11 +256,12 @@ class Engine:
         self._time_token(request, choice)
         request.counts.drafted += token.drafted
         request.counts.accepted += token.was_drafted
-        self.metrics.drafted_tokens.inc(token.drafted)
-        self.metrics.accepted_tokens.inc(token.was_drafted)
+        if token.drafted:
+            self.metrics.drafted_tokens.inc(token.drafted)
+        if token.was_drafted:
+            self.metrics.accepted_tokens.inc()
         offset = choice.num_chars
         text, finish_reason = choice.advance(token.token_id, request.params, self._eos)
-        self._count_retrieval(request, token.decided, of=1)
         request.emit(
             TokenEvent(
                 choice.index, token.token_id, text, offset, token.log_prob, token.top, token.trace, finish_reason
@@ -262,17 +279,21 @@ class Engine:
         if choice.token_ids:
             self.metrics.between_tokens.observe(now - choice.last_token_s)
         elif choice.index == 0:
-            self.metrics.first_token.observe(now - request.submitted_s)
+            request.timeline.first_token_s = now
+            self.metrics.first_token.observe(now - request.timeline.submitted_s)
         choice.last_token_s = now
         self.metrics.generation_tokens.inc()
 
-    def _count_retrieval(self, request: CompletionRequest, decided: Decided, of: int) -> None:
-        if request.retrieval is not None:
-            skipped = of - sum(decided)
-            request.counts.searched += decided.searched
-            request.counts.followed += decided.followed
-            request.counts.skipped += skipped
-            self.metrics.count_retrievals(*decided, skipped)
+    def _count_decisions(self, outcome: Outcome) -> None:
+        """Take into account for how many tokens datastores were searched, kept or not."""
+        if not isinstance(outcome, PromptScores | NextToken) or outcome.request.retrieval is None:
+            return
+        counts, (searched, followed) = outcome.request.counts, outcome.decided
+        skipped = (1 if isinstance(outcome, NextToken) else len(outcome.event.log_probs)) - searched - followed
+        counts.searched += searched
+        counts.followed += followed
+        counts.skipped += skipped
+        self.metrics.count_retrievals(searched, followed, skipped)
 
     @torch.inference_mode()
     def _score(self) -> None:
@@ -282,13 +303,18 @@ class Engine:
         request = self._scoring[0]
         self._scoring.rotate(-1)
         budget = 1 if self._scheduler.has_work() else self.config.score_tokens
+        if request.timeline.begun_s is None:
+            self.metrics.of_requests.count_start(request.kind, request.timeline)
         try:
             searches = request.run(self._lm, budget)
         except Exception as error:
-            logger.exception("pass failed kind=%s request=%s", request.kind, request.request_id)
+            run = request.timeline.context.run
+            run(logger.exception, "pass failed kind=%s request=%s", request.kind, request.request_id)
             self._fail([request], error)
             return
-        self.metrics.count_retrievals(*searches)
+        self.metrics.count_retrievals(*searches[:3])
+        if searches.forward_seconds:
+            self.metrics.of_passes.count_pass(request.kind, searches.forward_seconds, searches.timings)
         if request.is_done:
             self._end(request)
 
@@ -318,11 +344,13 @@ class Engine:
                 choice.finish_reason = "length"
             self._free(request, [choice.index for choice in live])
             self._scheduler.remove(request)
-            self.metrics.prompt_tokens.inc(request.num_prefilled)
+            self.metrics.of_requests.count_read(request.num_prefilled)
         else:
             self._scoring.remove(request)
-        self.metrics.requests.labels(request.kind, error.code if error else "finished").inc()
-        self.metrics.request_seconds.labels(request.kind).observe(time.monotonic() - request.submitted_s)
+        self.metrics.of_requests.count_end(request.kind, request.timeline, error.code if error else "finished")
+        if isinstance(request, CompletionRequest) and error is None:
+            generated = [len(choice.token_ids) for choice in request.choices]
+            self.metrics.of_requests.count_completion(request.timeline, len(request.prompt_ids), generated)
         _tell(request, error)
 
 
@@ -334,9 +362,3 @@ def _tell(request: Request, error: KnnlmError | None) -> None:
     tokens = Finished(len(request.prompt_ids), request.num_generated)
     request.emit(Failed(error) if error else tokens)
     request.on_end()
-
-
-def _requests(batch: Batch) -> list[CompletionRequest]:
-    """The requests of a batch, each once."""
-    both = [*(chunk.request for chunk in batch.chunks), *(decode.request for decode in batch.decodes)]
-    return list(dict.fromkeys(both))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -16,6 +15,7 @@ from knnlm_core.lm.protocol import CausalLM
 from knnlm_core.windows import WindowSizes
 from knnlm_server.engine.window_queue import WindowQueue
 from knnlm_server.engine.window_work import Searches
+from knnlm_server.telemetry.timeline import Timeline
 
 
 @dataclass(slots=True, eq=False)
@@ -32,7 +32,7 @@ class LearnRequest:
     texts: Sequence[NDArray[np.int32]]
     windows: WindowSizes
     on_end: Callable[[KnnlmError | None], None]
-    submitted_s: float = field(default_factory=time.monotonic)
+    timeline: Timeline = field(default_factory=Timeline)
     kind: ClassVar[str] = "learn"  # as metrics call it
     _queue: WindowQueue = field(init=False)
     _keys: list[list[NDArray[np.float32]]] = field(init=False)

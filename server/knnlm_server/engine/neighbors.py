@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
@@ -21,6 +20,7 @@ from knnlm_core.signals import lm_signals
 from knnlm_server.engine.step import rows_at_once
 from knnlm_server.engine.tracing import ranked
 from knnlm_server.engine.window_work import Searches
+from knnlm_server.telemetry.timeline import Timeline
 
 
 class NearestEntries(NamedTuple):
@@ -66,7 +66,7 @@ class NeighborsRequest:
     limit: int
     on_context: Callable[[int, ContextNeighbors], None]
     on_end: Callable[[KnnlmError | None], None]
-    submitted_s: float = field(default_factory=time.monotonic)
+    timeline: Timeline = field(default_factory=Timeline)
     kind: ClassVar[str] = "neighbors"  # as metrics call it
     _num_done: int = field(init=False, default=0)
 

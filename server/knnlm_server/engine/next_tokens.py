@@ -7,23 +7,22 @@ last one drawn. Nothing is searched behind it.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from knnlm_core.drafts import NO_LEADS, find_leads
+from knnlm_core.drafts import NO_LEADS, Leads, find_leads
 from knnlm_core.errors import KnnlmError
 from knnlm_core.lm.protocol import CausalLM, Rows
 from knnlm_core.mixture import Found, advance_walks, mix_rows
+from knnlm_server.engine.draft_reading import read_for_drafts
 from knnlm_server.engine.events import TokenTrace, TopTokens
+from knnlm_server.engine.mixing import Mixing
 from knnlm_server.engine.request import Choice, CompletionRequest
 from knnlm_server.engine.sampler import SampleRow, sample, top_logprobs
 from knnlm_server.engine.tracing import trace_rows
-
-logger = logging.getLogger(__name__)
 
 
 class Decided(NamedTuple):
@@ -93,15 +92,18 @@ class SampledRows(NamedTuple):
 
 
 def next_tokens(
-    rows: SampledRows, wanted: Sequence[NextRow], eos_token_ids: Sequence[int], *, speculates: bool
+    rows: SampledRows, wanted: Sequence[NextRow], eos_token_ids: Sequence[int], mixing: Mixing, *, speculates: bool
 ) -> list[StepFailure | NextToken]:
-    """Draw tokens until no draft is right any more; those of a choice come in order, and nothing after a failure."""
+    """Draw tokens until no draft is right any more; those of a choice come in order, and nothing after a failure.
+
+    Args:   mixing: what it took and found is added to it.
+    """
     outcomes: list[StepFailure | NextToken] = []
     failed: set[CompletionRequest] = set()
     going, depth = list(range(len(wanted))), 0
     while going:
         here = _Depth([wanted[i] for i in going], depth, *rows.at(going, depth))
-        drawn = _draw(here, eos_token_ids, speculates=speculates)
+        drawn = _draw(here, eos_token_ids, mixing, speculates=speculates)
         outcomes += drawn
         failed |= {outcome.request for outcome in drawn if isinstance(outcome, StepFailure)}
         right = {id(token.choice) for token in drawn if isinstance(token, NextToken) and token.was_drafted}
@@ -137,12 +139,16 @@ class _Owner(NamedTuple):
         return self.depth < len(self.draft) and self.draft[self.depth] == token
 
 
-def _draw(here: _Depth, eos_token_ids: Sequence[int], *, speculates: bool) -> list[StepFailure | NextToken]:
+def _draw(
+    here: _Depth, eos_token_ids: Sequence[int], mixing: Mixing, *, speculates: bool
+) -> list[StepFailure | NextToken]:
     wanted, depth = here.wanted, here.depth
     positions = torch.tensor([len(row.request.prompt_ids) + len(row.choices[0].token_ids) + depth for row in wanted])
     retrievals = [row.request.retrieval for row in wanted]
     walks = [row.choices[0].walks for row in wanted]  # choices that part here begin alike
     mixed = mix_rows(here.lm_log_probs, here.keys, retrievals, positions.to(here.keys.device), walks)
+    if any(retrieval is not None for retrieval in retrievals):
+        mixing.add_drawn(mixed.found)
     failures = [StepFailure(wanted[row].request, error) for row, error in mixed.found.failures.items()]
     # A request fails as a whole, whichever of its choices were to be searched for.
     failed = {failure.request for failure in failures}
@@ -226,12 +232,13 @@ def _lead(owners: Sequence[_Owner], found: Found, tokens: Sequence[int]) -> None
     ]
     if not led:
         return
-    rows, came, retrievals = [owner.row for owner, _, _ in led], [token for _, token, _ in led], [r for _, _, r in led]
-    try:
-        leads = find_leads(found, rows, came, retrievals)
-    except KnnlmError as error:  # drafts are not worth a failure: whoever searches that datastore next learns of it
-        logger.error("no drafts: %s", error.message)
-        leads = [NO_LEADS] * len(led)
+
+    def read(members: Sequence[int]) -> list[Leads]:
+        of_members = [led[i] for i in members]
+        rows, came = [owner.row for owner, _, _ in of_members], [token for _, token, _ in of_members]
+        return find_leads(found, rows, came, [retrieval for _, _, retrieval in of_members])
+
+    leads = read_for_drafts([owner.request for owner, _, _ in led], read, NO_LEADS)
     for (owner, token, _), of_owner in zip(led, leads, strict=True):
         owner.choice.leads = of_owner if len(of_owner.entry_ids) else owner.choice.outlook.after(owner.came(token))
 

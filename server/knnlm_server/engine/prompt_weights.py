@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -14,6 +13,7 @@ from knnlm_core.lm.protocol import CausalLM
 from knnlm_core.mixture import source_log_probs
 from knnlm_core.retrieval import NEIGHBORS_AT_ONCE, Retrieval
 from knnlm_server.engine.window_work import Searches
+from knnlm_server.telemetry.timeline import Timeline
 
 MAX_TARGETS = 256  # last tokens of the prompt that are predicted
 MAX_CONTEXT = 512  # tokens that the LM reads of a prompt, so that a pass is no longer than a step of generation
@@ -38,7 +38,7 @@ class PromptWeightsRequest:
     retrieval: Retrieval
     weights: list[list[float]]
     on_end: Callable[[KnnlmError | None], None]
-    submitted_s: float = field(default_factory=time.monotonic)
+    timeline: Timeline = field(default_factory=Timeline)
     kind: ClassVar[str] = "weights"  # as metrics call it
 
     @property

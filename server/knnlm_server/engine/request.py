@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -15,6 +14,7 @@ from knnlm_server.engine.detokenizer import IncrementalDetokenizer
 from knnlm_server.engine.events import Event, FinishReason, RetrievalCounts
 from knnlm_server.engine.sampling_params import SamplingParams
 from knnlm_server.engine.stopping import StopMatcher
+from knnlm_server.telemetry.timeline import Timeline
 
 
 @dataclass(slots=True)
@@ -81,7 +81,9 @@ class CompletionRequest:
         attribute: report with the trace which entries each token's probability came from.
         prompt_logprobs: alternatives to report with each prompt token; None does not score the prompt.
         num_cached: prompt tokens that the prefix cache spared.
+        timeline: when it was where.
         prompt_walks: of a prompt that is scored; they begin where it begins and end with it.
+        drafts: whether drafts are read for it; false once a datastore of it could not be read for them.
     """
 
     request_id: str
@@ -99,8 +101,9 @@ class CompletionRequest:
     num_prefilled: int = 0
     num_cached: int = 0
     prompt_walks: Walks = ()
+    drafts: bool = True
     counts: RetrievalCounts = field(default_factory=RetrievalCounts)
-    submitted_s: float = field(default_factory=time.monotonic)
+    timeline: Timeline = field(default_factory=Timeline)
     kind: ClassVar[str] = "completion"  # as metrics call it
 
     @property

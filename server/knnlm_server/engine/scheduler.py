@@ -37,13 +37,20 @@ class Batch(NamedTuple):
     chunks: list[Chunk]
     decodes: list[Decode]
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the pass, drafts included."""
+        read = sum(chunk.stop - chunk.start for chunk in self.chunks)
+        return read + sum(1 + len(decode.draft) for decode in self.decodes)
+
 
 class Scheduler:
     """First come, first served; a request starts only when all its choices have a slot, so nothing is ever preempted.
 
     Args:
         num_slots: sequences that the LM can hold.
-        step_tokens: prompt and completion tokens per step; what decoding leaves over goes to prompts, in order.
+        step_tokens: prompt and completion tokens per step; what decoding leaves over goes to prompts, in order, and
+            what they leave over to drafts (`speculation.py`).
         begin: called when a request's prompt is about to be read; returns how many of its tokens are known already,
             fewer than all.
     """

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from time import perf_counter
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -18,14 +18,16 @@ from knnlm_core.errors import KnnlmError
 from knnlm_core.knn.gates import Context, join_contexts
 from knnlm_core.lm.head import log_probs_of_targets, targets_and_signals
 from knnlm_core.lm.protocol import CausalLM
-from knnlm_core.mixture import Found, mix_targets, start_walks
+from knnlm_core.mixture import Found, Timings, mix_targets, start_walks
 from knnlm_core.replay import Run, replay
 from knnlm_core.retrieval import NEIGHBORS_AT_ONCE, Retrieval
 from knnlm_core.types import EntryRange
 from knnlm_core.walks import FOLLOWED, SEARCHED, SKIPPED, Walks
 from knnlm_server.engine.attribution import Attributions, attribute, join
+from knnlm_server.engine.mixing import wait_for
 from knnlm_server.engine.window_queue import WindowOfText, WindowQueue
 from knnlm_server.engine.window_work import Searches
+from knnlm_server.telemetry.timeline import Timeline
 
 # Many rows at once are searched much faster than few: they wait for each other, up to this many.
 ROWS_AT_ONCE = 8192
@@ -128,7 +130,7 @@ class ScoreRequest:
     own: Sequence[EntryRange | None] | None = None
     attribute: bool = False
     firsts: Sequence[int] | None = None
-    submitted_s: float = field(default_factory=time.monotonic)
+    timeline: Timeline = field(default_factory=Timeline)
     kind: ClassVar[str] = "score"  # as metrics call it
     tokens_done: int = field(init=False, default=0)
     _queue: WindowQueue = field(init=False)
@@ -156,10 +158,14 @@ class ScoreRequest:
 
         Raises: KnnlmError: a datastore could not be searched.
         """
+        begun = perf_counter()
         self.encode(lm, self.take(token_budget))
+        forward_seconds = perf_counter() - begun
+        self.timeline.prefill.add(forward_seconds, None)
         wanted = ROWS_WHILE_WALKING if start_walks(self.retrieval) else ROWS_AT_ONCE
         enough = self.retrieval is None or sum(len(part.targets) for part in self._encoded) >= wanted
-        return self.mix() if enough or self._queue.is_empty else Searches(0, 0, 0)
+        searches = self.mix() if enough or self._queue.is_empty else Searches(0, 0, 0)
+        return searches._replace(forward_seconds=forward_seconds)
 
     def take(self, token_budget: int) -> list[WindowOfText]:
         """The next windows, at least one, of together at most ``token_budget`` padded tokens if possible."""
@@ -193,6 +199,7 @@ class ScoreRequest:
             context = Context(signals, torch.from_numpy(positions).to(base.device))
         else:
             base = log_probs_of_targets(lm, rows.hidden, targets)
+        wait_for(base)
         self._encoded.append(_Encoded(taken, rows.keys, targets, base, context))
         self.tokens_done += len(targets)
 
@@ -204,7 +211,9 @@ class ScoreRequest:
         context = join_contexts(contexts) if contexts else None
         self._encoded.clear()
         owners = [self._in_work[index] for index, w in taken for _ in range(w.num_targets)]
-        scores = _mix(keys, targets, base, owners, context, self.attribute)
+        scores, timings = _mix(keys, targets, base, owners, context, self.attribute)
+        if self.retrieval is not None:  # before anybody is told that a text is done
+            self.timeline.prefill.add_mixing(timings)
         start = 0
         for index, window in taken:
             work = self._in_work[index]
@@ -216,7 +225,8 @@ class ScoreRequest:
                 self.on_text(index, work.finished())
         if self.retrieval is None:
             return Searches(0, 0, 0)
-        return Searches(*(int((scores.outcomes == outcome).sum()) for outcome in (SEARCHED, FOLLOWED, SKIPPED)))
+        searched, followed, skipped = (int((scores.outcomes == done).sum()) for done in (SEARCHED, FOLLOWED, SKIPPED))
+        return Searches(searched, followed, skipped, timings=timings)
 
 
 def _mix(
@@ -226,25 +236,29 @@ def _mix(
     owners: Sequence[_TextInWork],
     context: Context | None,
     attributed: bool,
-) -> TokenScores:
+) -> tuple[TokenScores, Timings]:
     """Scores of known tokens: (R, D) keys, (R,) targets and their log p_lm, and the text that each row is of.
 
     The rows of a text are in the order of its tokens; its walks move on.
     """
     retrievals = [owner.retrieval for owner in owners]
-    parts, attributions = [], []
+    parts, attributions, timings = [], [], Timings()
     step = NEIGHBORS_AT_ONCE // max((retrieval.k for retrieval in retrievals if retrieval is not None), default=1)
     for start in range(0, len(targets), step):
         here = slice(start, start + step)
         known = context.take(here) if context is not None else None
         found = _find(keys[here], targets[here], owners[here], known)
+        begun = perf_counter()
         log_probs = mix_targets(base[here], targets[here], found)
+        seconds = found.timings.plus(mix=perf_counter() - begun)
+        timings = timings.plus(*seconds)
         outcomes = torch.where(found.searched, SEARCHED, torch.where(found.followed, FOLLOWED, SKIPPED))
         parts.append((log_probs, found.lmbda, outcomes.to(torch.int8)))
         if attributed:
             attributions.append(attribute(found, targets[here], base[here]))
     mixed, lmbda, done = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
-    return TokenScores(base.cpu().numpy(), mixed, lmbda, done, join(attributions) if attributions else None)
+    scores = TokenScores(base.cpu().numpy(), mixed, lmbda, done, join(attributions) if attributions else None)
+    return scores, timings
 
 
 def _find(keys: Tensor, targets: Tensor, owners: Sequence[_TextInWork], context: Context | None) -> Found:

@@ -7,7 +7,6 @@ pass costs what wider passes were seen to cost. Neither touches what is generate
 
 from __future__ import annotations
 
-import logging
 import math
 import statistics
 from bisect import bisect_right
@@ -17,12 +16,10 @@ from itertools import accumulate, takewhile
 from operator import mul
 from typing import NamedTuple
 
-from knnlm_core.drafts import NO_OUTLOOK, Guess, guess, look_ahead
-from knnlm_core.errors import KnnlmError
+from knnlm_core.drafts import NO_OUTLOOK, Guess, Outlook, guess, look_ahead
+from knnlm_server.engine.draft_reading import read_for_drafts
 from knnlm_server.engine.request import Choice, CompletionRequest
 from knnlm_server.engine.scheduler import Batch, Decode
-
-logger = logging.getLogger(__name__)
 
 SHARES = (0.5, 0.8, 0.99)  # borders between cells, of `Guess.share`
 SUPPORTS = (0.01, 0.03, 0.1, 0.3, 0.6)  # of `Guess.support`
@@ -110,11 +107,13 @@ class Speculator:
     Args:
         most: tokens of one draft; 0 never drafts.
         most_rows: rows of one pass, drafts included.
+        step_tokens: tokens of one step; drafts get what decoding and prompts leave over.
     """
 
-    def __init__(self, most: int, most_rows: int) -> None:
+    def __init__(self, most: int, most_rows: int, step_tokens: int) -> None:
         self.most = most
         self._most_rows = most_rows
+        self._step_tokens = step_tokens
         self._acceptance = Acceptance()
         self._costs = PassCosts()
         self._draws: deque[float] = deque([0.0], maxlen=_COST_PASSES)  # seconds
@@ -126,7 +125,7 @@ class Speculator:
             return batch
         self._look_ahead(guessing)
         outlined = [self._outline(decode, eos_token_ids) for decode in batch.decodes]
-        width = self._best_width(outlined)
+        width = self._best_width(outlined, self._step_tokens - batch.num_tokens)
         decodes = [
             Decode(request, choice, [guessed.token_id for guessed in guesses[:width]])
             for (request, choice, _), (guesses, _) in zip(batch.decodes, outlined, strict=True)
@@ -153,11 +152,11 @@ class Speculator:
     def _look_ahead(self, decodes: Sequence[Decode]) -> None:
         leads = [decode.choice.leads for decode in decodes]
         retrievals = [decode.request.retrieval for decode in decodes if decode.request.retrieval is not None]
-        try:
-            outlooks = look_ahead(leads, retrievals, self.most + 2)
-        except KnnlmError as error:  # whoever searches that datastore next learns of it
-            logger.error("no drafts: %s", error.message)
-            outlooks = [NO_OUTLOOK] * len(decodes)
+
+        def read(members: Sequence[int]) -> list[Outlook]:
+            return look_ahead([leads[i] for i in members], [retrievals[i] for i in members], self.most + 2)
+
+        outlooks = read_for_drafts([decode.request for decode in decodes], read, NO_OUTLOOK)
         for decode, outlook in zip(decodes, outlooks, strict=True):
             decode.choice.outlook = outlook
 
@@ -170,8 +169,11 @@ class Speculator:
         each = [self._acceptance.chance(guessed, choice.streak + i) for i, guessed in enumerate(useful)]
         return Outlined(useful, list(accumulate(each, mul)))
 
-    def _best_width(self, outlined: Sequence[Outlined]) -> int:
-        """Tokens of the longest draft: where tokens expected per second of the pass are most."""
+    def _best_width(self, outlined: Sequence[Outlined], spare: int) -> int:
+        """Tokens of the longest draft: where tokens expected per second of the pass are most.
+
+        Args:   spare: tokens that all drafts together may have.
+        """
         rows, draw = len(outlined), statistics.median(self._draws)
         best, best_rate = 0, rows / (self._costs.seconds(rows) + draw)
         tokens, rounds = float(rows), 1.0  # expected; tokens at one depth are drawn together, one depth after the other
@@ -179,6 +181,9 @@ class Speculator:
             if rows * (1 + width) > self._most_rows:
                 break
             chances = [each.chances[width - 1] for each in outlined if len(each.chances) >= width]
+            spare -= len(chances)
+            if spare < 0:
+                break
             tokens += sum(chances)
             rounds += 1 - math.prod(1 - chance for chance in chances)
             rate = tokens / (self._costs.seconds(rows * (1 + width)) + rounds * draw)

@@ -17,6 +17,7 @@ from knnlm_core.mixture import MixedRows, context_of, mix_found, start_walks
 from knnlm_core.replay import Run, replay
 from knnlm_core.retrieval import NEIGHBORS_AT_ONCE, Retrieval
 from knnlm_server.engine.events import PromptEvent
+from knnlm_server.engine.mixing import Mixing, wait_for
 from knnlm_server.engine.next_tokens import Decided, NextRow, NextToken, SampledRows, StepFailure, next_tokens
 from knnlm_server.engine.request import CompletionRequest
 from knnlm_server.engine.sampler import top_logprobs
@@ -46,6 +47,8 @@ class Step(NamedTuple):
     outcomes: list[Outcome]
     pass_seconds: float  # that the language model took for the rows that were sampled from
     draw_seconds: float  # that mixing and sampling took, for each token of the choice that got most
+    forward_seconds: float  # that the language model took in all
+    mixing: Mixing
 
 
 @torch.inference_mode()
@@ -57,25 +60,32 @@ def run_step(lm: CausalLM, batch: Batch, eos_token_ids: Sequence[int], speculate
 
     Args:   speculates: find leads for the drafts of the next step.
     """
-    begun = time.perf_counter()
+    begun, mixing = time.perf_counter(), Mixing()
     output = lm.forward(_spans(batch))
     plan = _plan_rows(lm, batch)
+    if plan.scored:
+        wait_for(output.keys)
+    forward_seconds = time.perf_counter() - begun
     outcomes: list[Outcome] = []
     failed = set()
     for scored in plan.scored:
-        for outcome in _score_prompt(lm, output, scored):
+        for outcome in _score_prompt(lm, output, scored, mixing):
             outcomes.append(outcome)
             if isinstance(outcome, StepFailure):
                 failed.add(outcome.request)
     outcomes += [PromptRead(request) for request in plan.read if request not in failed]
     wanted = [row for row in plan.next if row.request not in failed]
     if not wanted:
-        return Step(outcomes, 0.0, 0.0)
+        return Step(outcomes, 0.0, 0.0, forward_seconds, mixing)
+    before_head = time.perf_counter()
     rows = SampledRows.of(lm, output, wanted)
+    wait_for(rows.lm_log_probs)
     pass_seconds = time.perf_counter() - begun
-    outcomes += next_tokens(rows, wanted, eos_token_ids, speculates=speculates)
+    forward_seconds += begun + pass_seconds - before_head
+    outcomes += next_tokens(rows, wanted, eos_token_ids, mixing, speculates=speculates)
     most = _rewind(lm, batch, outcomes)
-    return Step(outcomes, pass_seconds, (time.perf_counter() - begun - pass_seconds) / most)
+    draw_seconds = (time.perf_counter() - begun - pass_seconds) / most
+    return Step(outcomes, pass_seconds, draw_seconds, forward_seconds, mixing)
 
 
 def _rewind(lm: CausalLM, batch: Batch, outcomes: Sequence[Outcome]) -> int:
@@ -155,7 +165,9 @@ def _plan_rows(lm: CausalLM, batch: Batch) -> _RowPlan:
     return plan
 
 
-def _score_prompt(lm: CausalLM, output: Rows, scored: _ScoredRows) -> Iterator[PromptScores | StepFailure]:
+def _score_prompt(
+    lm: CausalLM, output: Rows, scored: _ScoredRows, mixing: Mixing
+) -> Iterator[PromptScores | StepFailure]:
     """Score prompt tokens, so many at a time that their whole distributions fit in memory."""
     request = scored.request
     size = rows_at_once(lm, request.retrieval)
@@ -171,6 +183,8 @@ def _score_prompt(lm: CausalLM, output: Rows, scored: _ScoredRows) -> Iterator[P
         except KnnlmError as error:
             yield StepFailure(request, error)
             return
+        if request.retrieval is not None:
+            mixing.add_timings(mixed.found.timings)
         chosen, top_ids, top_values = top_logprobs(mixed.log_probs, targets, request.prompt_logprobs or 0)
         tops = [
             list(zip(ids, values, strict=True))

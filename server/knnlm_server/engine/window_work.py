@@ -7,6 +7,8 @@ from typing import ClassVar, NamedTuple, Protocol
 
 from knnlm_core.errors import KnnlmError
 from knnlm_core.lm.protocol import CausalLM
+from knnlm_core.mixture import Timings
+from knnlm_server.telemetry.timeline import Timeline
 
 
 class Searches(NamedTuple):
@@ -15,6 +17,8 @@ class Searches(NamedTuple):
     searched: int
     followed: int
     skipped: int
+    forward_seconds: float = 0.0  # that the language model took; 0 where nobody measures
+    timings: Timings | None = None  # of finding and mixing; None where nothing was mixed
 
 
 class WindowWork(Protocol):
@@ -22,7 +26,7 @@ class WindowWork(Protocol):
 
     Attributes:
         kind: as metrics call it.
-        submitted_s: monotonic clock.
+        timeline: when it was where.
         on_end: called exactly once when the request leaves the engine: with None, or with why it failed.
     """
 
@@ -32,7 +36,7 @@ class WindowWork(Protocol):
     def request_id(self) -> str: ...
 
     @property
-    def submitted_s(self) -> float: ...
+    def timeline(self) -> Timeline: ...
 
     @property
     def on_end(self) -> Callable[[KnnlmError | None], None]: ...

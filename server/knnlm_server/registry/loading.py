@@ -54,7 +54,7 @@ class Loader:
         self._budget = budget
         self._verified = verified
         self._numerics = numerics
-        self._tested: set[Path] = set()
+        self._tested: set[str] = set()  # digests of manifests
 
     def prepare(self, name: str, version: str | None, report: StageProgress) -> Prepared:
         """Open a version and do whatever can be done before it serves.
@@ -88,7 +88,7 @@ class Loader:
 
     def _examine(self, datastore: Datastore, report: StageProgress) -> SelfTest:
         folder, manifest = datastore.folder, datastore.manifest
-        known = folder in self._tested
+        known = manifest.digest in self._tested
         if self._verified is not None:
             known = is_verified(folder, manifest, self._verified)
             if not known:
@@ -100,7 +100,7 @@ class Loader:
         report(Stage.TEST, 0, 1)
         tested = self_test(datastore, queries=LATER_QUERIES if known else None)
         report(Stage.TEST, 1, 1)
-        self._tested.add(folder)
+        self._tested.add(manifest.digest)
         if self._verified is not None and not known:
             remember_verified(folder, manifest, self._verified)
         return tested

@@ -46,7 +46,7 @@ class Swaps:
         self.state = StateFile(config.state)
         self._loader = Loader(root, identity, self.budget, config.verified, config.numerics)
         self._measure_drift = config.drift
-        self._drifts: dict[Path, Drift | None] = {}  # a version never changes, nor does the LM
+        self._drifts: dict[str, Drift] = {}  # by the digest of the manifest: a folder may get another version's files
         self._retention = Retention(root, config.keep_versions)
         self._closer = Closer(self._close)
         self.table = Table(self.state.open(), self._closer.close)
@@ -125,21 +125,21 @@ class Swaps:
 
         Raises: DatastoreMismatch: too far.
         """
-        folder = snapshot.datastore.folder
         if self._measure_drift is None:
             return None
-        if folder in self._drifts:
-            return self._drifts[folder]
+        digest = snapshot.manifest.digest
+        if (known := self._drifts.get(digest)) is not None:
+            return known
         drift = self._measure_drift(snapshot)
         if drift is None:
             logger.info("keys not compared name=%s version=%s: no canaries or no text", snapshot.name, snapshot.version)
-        else:
-            require_small(snapshot.name, drift)
-            logger.info(
-                "keys compared name=%s version=%s drift=%.2g distance=%.3g nearest=%.3g keys=%d",
-                snapshot.name, snapshot.version, drift.ratio, drift.distance, drift.nearest, drift.keys,
-            )  # fmt: skip
-        self._drifts[folder] = drift
+            return None
+        require_small(snapshot.name, drift)
+        logger.info(
+            "keys compared name=%s version=%s drift=%.2g distance=%.3g nearest=%.3g keys=%d",
+            snapshot.name, snapshot.version, drift.ratio, drift.distance, drift.nearest, drift.keys,
+        )  # fmt: skip
+        self._drifts[digest] = drift
         return drift
 
     def _commit(

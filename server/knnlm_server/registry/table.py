@@ -28,6 +28,7 @@ class DatastoreStatus(NamedTuple):
     generation: int
     state: str  # "ready" | "draining"
     leases: int  # of all generations of the name that are still open
+    draining_leases: int  # of generations that were replaced, or of a name that is being unloaded
     served: ServedName
     aliases: tuple[str, ...]
     self_test: SelfTest
@@ -176,6 +177,11 @@ class Table:
     def _leases(self, name: str) -> int:
         return sum(generation.leases for generation in self._open if generation.name == name)
 
+    def _draining_leases(self, name: str) -> int:
+        if name in self._draining:
+            return self._leases(name)
+        return sum(old.leases for old in self._open if old.name == name and old.retired)
+
     def _status(self, generation: Generation) -> DatastoreStatus:
         name = generation.name
         return DatastoreStatus(
@@ -183,6 +189,7 @@ class Table:
             generation=generation.number,
             state="draining" if name in self._draining else "ready",
             leases=self._leases(name),
+            draining_leases=self._draining_leases(name),
             served=self._serving.names[name],
             aliases=self._serving.aliases_of(name),
             self_test=generation.self_test,

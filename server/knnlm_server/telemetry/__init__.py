@@ -1,1 +1,1 @@
-"""What operators see: logs, later metrics and traces."""
+"""What operators see: logs, metrics and spans."""

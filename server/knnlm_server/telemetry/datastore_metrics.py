@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from knnlm_server.telemetry.families import Families
 
 _LOAD_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
 
@@ -11,25 +11,22 @@ class DatastoreMetrics:
     """Counters of loads and swaps; a datastore's name is a label once it has been loaded."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self._swaps = Counter(
-            "knnlm_datastore_swaps",
-            "Times that a loaded name was given another generation.",
-            ["datastore"],
-            registry=self.registry,
+        make = Families()
+        self.registry, self.families = make.registry, make.made
+        self._swaps = make.counter(
+            "knnlm_datastore_swaps", "Times that a loaded name was given another generation.", "datastore"
         )
-        self._load_seconds = Histogram(
+        self._load_seconds = make.histogram(
             "knnlm_datastore_load_seconds",
             "From the beginning of a load to the generation that serves.",
-            ["datastore"],
-            buckets=_LOAD_SECONDS,
-            registry=self.registry,
+            _LOAD_SECONDS,
+            "datastore",
         )
-        self._refused = Counter(
+        self._refused = make.counter(
             "knnlm_datastore_refused_loads",
             "Loads that failed, by error; no datastore where the name was never loaded.",
-            ["datastore", "code"],
-            registry=self.registry,
+            "datastore",
+            "code",
         )
 
     def count_load(self, name: str, seconds: float, *, swapped: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ _ARCHITECTURES = {
 }
 
 
-def write_gguf(path: Path, model: Any, tokenizer: Any) -> Path:
+def write_gguf(
+    path: Path, model: Any, tokenizer: Any, more: Callable[[gguf.GGUFWriter], None] = lambda writer: None
+) -> Path:
+    """Args: more: adds keys and tensors of its own."""
     config = model.config
     writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_block_count(config.num_hidden_layers)
@@ -33,6 +37,7 @@ def write_gguf(path: Path, model: Any, tokenizer: Any) -> Path:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     _add_tokenizer(writer, tokenizer, config.vocab_size)
+    more(writer)
     names = gguf.get_tensor_name_map(_ARCHITECTURES[config.model_type], config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         weights = tensor.float().numpy()

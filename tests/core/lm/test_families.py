@@ -37,7 +37,7 @@ def adapter(family: str) -> HuggingFaceLM:
 def lm(family: str) -> Iterator[HuggingFaceLM]:
     lm = adapter(family)
     yield lm
-    for sequence in list(lm._lengths):
+    for sequence in list(lm._sequences._lengths):
         lm.free(sequence)
 
 

@@ -41,6 +41,7 @@ def test_a_reading_is_what_the_hugging_face_runtime_finds(gguf: Path, tmp_path: 
     rows = lm.encode([probe_ids(512)], [0])
     torch.testing.assert_close(reading.probe["ffn_input"], rows.keys)
     torch.testing.assert_close(reading.probe["final_hidden"], rows.hidden)
+    torch.testing.assert_close(reading.logits, lm.logits(rows.hidden)[: len(reading.logits)])
 
 
 def test_it_is_read_once(gguf: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
@@ -53,6 +54,7 @@ def test_it_is_read_once(gguf: Path, tmp_path: Path, request: pytest.FixtureRequ
     assert {tap: keys.tolist() for tap, keys in second.probe.items()} == {
         tap: keys.tolist() for tap, keys in first.probe.items()
     }
+    assert second.logits.tolist() == first.logits.tolist()
     assert second.tokenizer.encode(TEXT) == first.tokenizer.encode(TEXT)
 
 

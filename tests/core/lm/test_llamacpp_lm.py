@@ -400,3 +400,25 @@ def test_libraries_that_disagree_on_tokens_are_refused(
     monkeypatch.setattr(LlamaModel, "__init__", other)
     with pytest.raises(UnsupportedModel, match=message):
         in_llamacpp(path)
+
+
+def test_logits_of_another_head_are_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = LlamaContext.decode
+
+    def headed_otherwise(self: LlamaContext, *batch: Any) -> None:
+        real(self, *batch)
+        logits = batch[-1]
+        logits[:] = np.roll(logits, 1, axis=1)
+
+    monkeypatch.setattr(LlamaContext, "decode", headed_otherwise)
+    with pytest.raises(UnsupportedModel, match=r"logits differ from transformers' by .* at most 0\.2 is allowed"):
+        in_llamacpp(path, max_length=5)  # shorter than what is known of it
+
+
+def test_the_shortest_sequences_are_served(path: Path) -> None:
+    lm = in_llamacpp(path, max_length=2)
+    sequence = lm.allocate()
+    assert lm.forward([Span(sequence, [5, 6], rows=2)]).keys.shape == (2, 64)
+    with pytest.raises(PromptTooLong, match="at most 2 tokens, got 3"):
+        lm.forward([Span(sequence, [7])])
+    lm.close()
