@@ -1,6 +1,6 @@
 """Write the parts of the documentation that the code knows best, or check that they are up to date.
 
-python docs/generate.py           write docs/errors.md and docs/cli.md
+python docs/generate.py           write docs/errors.md, cli.md, settings.md, api.md and the tables of observability.md
 python docs/generate.py --check   exit 1 and say what to run if one of them is stale
 """
 
@@ -12,8 +12,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
+from generate_api import api_page
+from generate_settings import settings_page
+
 from knnlm_core import errors
 from knnlm_server.api.errors import status_of
+from knnlm_server.api.metrics import all_families
 
 DOCS = Path(__file__).parent
 DATASTORE = ("list", "inspect", "verify", "diff", "export", "compact", "forget", "purge", "prune", "rollback")
@@ -25,8 +30,10 @@ COMMANDS = (
     "score",
     "datastore",
     *(f"datastore {command}" for command in DATASTORE),
+    "playground",
     "model",
     "demo",
+    "doctor",
 )
 BUILD_ERRORS = (errors.CorpusError, errors.BuildError)
 
@@ -79,6 +86,34 @@ def cli_page() -> str:
     return "\n".join(parts)
 
 
+def observability_page() -> str:
+    """The page as it is, with its tables made anew: of metrics from the code, of alerts from their rules."""
+    page = (DOCS / "observability.md").read_text(encoding="utf-8")
+    for name, lines in (("metrics", _metrics()), ("alerts", _alerts())):
+        begin, end = f"<!-- {name}: written by docs/generate.py -->\n", "<!-- end -->"
+        before, _, rest = page.partition(begin)
+        page = before + begin + "\n".join(lines) + "\n" + end + rest.partition(end)[2]
+    return page
+
+
+def _metrics() -> Iterator[str]:
+    yield from ("| metric | kind | labels | what |", "|---|---|---|---|")
+    for family in all_families():
+        name = family.name + ("_total" if family.kind == "counter" else "")
+        labels = ", ".join(f"`{label}`" for label in family.labels)
+        yield f"| `{name}` | {family.kind} | {labels} | {family.text} |"
+
+
+def _alerts() -> Iterator[str]:
+    yield from ("| alert | severity | when | what to do |", "|---|---|---|---|")
+    rules = yaml.safe_load((DOCS.parent / "docker" / "prometheus" / "alerts.yml").read_text(encoding="utf-8"))
+    for rule in (rule for group in rules["groups"] for rule in group["rules"]):
+        expression = " ".join(rule["expr"].split()).replace("|", "\\|")
+        lasting = f", for {rule['for']}" if "for" in rule else ""
+        description = rule["annotations"]["description"]
+        yield f"| {rule['alert']} | {rule['labels']['severity']} | `{expression}`{lasting} | {description} |"
+
+
 def _classes(root: type[errors.KnnlmError]) -> Iterator[type[errors.KnnlmError]]:
     yield root
     for cls in root.__subclasses__():
@@ -88,7 +123,13 @@ def _classes(root: type[errors.KnnlmError]) -> Iterator[type[errors.KnnlmError]]
 def main() -> int:
     """Write or check."""
     stale = []
-    for path, text in ((DOCS / "errors.md", errors_page()), (DOCS / "cli.md", cli_page())):
+    for path, text in (
+        (DOCS / "errors.md", errors_page()),
+        (DOCS / "cli.md", cli_page()),
+        (DOCS / "observability.md", observability_page()),
+        (DOCS / "settings.md", settings_page()),
+        (DOCS / "api.md", api_page()),
+    ):
         if "--check" not in sys.argv:
             path.write_text(text, encoding="utf-8")
         elif not path.exists() or path.read_text(encoding="utf-8") != text:

@@ -25,7 +25,7 @@ from knnlm_server.settings import ServerSettings
 Json = dict[str, Any]
 LAW = "tiny-lm@law"
 PROMPT = "The tenant"
-UNDOCUMENTED = {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
+UNDOCUMENTED = {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc", "/playground"}
 
 
 @pytest.fixture

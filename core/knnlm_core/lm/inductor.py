@@ -59,7 +59,9 @@ def compile_graph(module: nn.Module, inputs: tuple[Tensor, ...], folder: Path) -
         graph.graph.set_codegen(torch.fx.graph.CodeGen())  # inputs are a flat list already
         graph.recompile()
         try:
-            compiled: Callable[..., tuple[Tensor, ...]] = torch._inductor.compile(graph, list(inputs))
+            compiled: Callable[..., tuple[Tensor, ...]] = torch._inductor.standalone_compile(
+                graph, list(inputs), dynamic_shapes="from_example_inputs", donate_graph_module=True
+            )
         except Exception as error:
             raise ModelLoadError(
                 f"compiling a step failed: {first_line(error)}. It needs a C++ compiler; {_REMEDY}",

@@ -1,0 +1,1 @@
+"""The page's tabs: components, and what happens when somebody uses them."""
