@@ -27,7 +27,9 @@ def require_compiler(folder: Path) -> None:
     with _inductor(folder):
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+        _require_own(Path(default_cache_dir()))  # where its compiled headers are, whatever it is told
         try:
             get_cpp_compiler()
         except InvalidCxxCompiler as error:
@@ -49,15 +51,15 @@ def compile_graph(module: nn.Module, inputs: tuple[Tensor, ...], folder: Path) -
     with torch.inference_mode(False), torch.no_grad(), _inductor(folder):
         try:
             # Python runs the forward pass once on stand-ins of tensors: nothing is executed, every hook is seen.
-            graph = torch.export.export(module, inputs, strict=False).module(check_guards=False)
+            exported = torch.export.export(module, inputs, strict=False).module(check_guards=False)
         except KnnlmError:
             raise
         except Exception as error:  # of any class: the modelling code's and torch's
             raise UnsupportedModel(
                 f"steps of this model cannot be compiled: {first_line(error)}; leave out --compile-steps"
             ) from error
-        graph.graph.set_codegen(torch.fx.graph.CodeGen())  # inputs are a flat list already
-        graph.recompile()
+        exported.graph.set_codegen(torch.fx.graph.CodeGen())  # inputs are a flat list already
+        graph = torch.fx.GraphModule(exported, exported.graph)  # one that the cache of compiled graphs takes
         try:
             compiled: Callable[..., tuple[Tensor, ...]] = torch._inductor.standalone_compile(
                 graph, list(inputs), dynamic_shapes="from_example_inputs", donate_graph_module=True
@@ -82,8 +84,9 @@ def _require_own(folder: Path) -> None:
         ) from error
     if found.st_uid != os.getuid() or found.st_mode & 0o022 or not os.access(folder, os.W_OK):
         raise InvalidParameter(
-            "`compile_cache` must be a folder of your own that nobody else can write to, since code is loaded from it; "
-            f"{str(folder)!r} belongs to user {found.st_uid} with mode {found.st_mode & 0o777:03o}",
+            "compiled code is loaded from a folder of your own that nobody else can write to, and "
+            f"{str(folder)!r} belongs to user {found.st_uid} with mode {found.st_mode & 0o777:03o}; change that, or "
+            "remove it, or give another as --compile-cache",
             param="compile_cache",
         )
 
@@ -105,6 +108,6 @@ def _inductor(folder: Path) -> Iterator[None]:
                 yield
     finally:
         if before is None:
-            del os.environ[_FOLDER]
+            os.environ.pop(_FOLDER, None)
         else:
             os.environ[_FOLDER] = before

@@ -180,6 +180,7 @@ def test_other_passes_run_as_ever(pair: Pair, monkeypatch: pytest.MonkeyPatch) -
 def test_progress_is_told_and_all_is_kept_in_the_folder(pair: Pair, folder: Path) -> None:
     assert pair.told == ["the step 1x1 to compile (1 of 2)", "the step 2x4 to compile (2 of 2)"]
     assert list(folder.rglob("*.so"))
+    assert len(list((folder / "fxgraph").glob("*/*"))) == 2  # a step each: what spares the next start its compiling
     assert folder.stat().st_mode & 0o777 == 0o700
     # torch sets this variable itself as soon as it looks for a folder, unless it was told one.
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
