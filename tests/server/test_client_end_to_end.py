@@ -463,7 +463,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], type[kc.APIError], int, str, str, st
     ),
     (
         {"model": LAW, "knn": KnnOptions(speculate=True)},
-        kc.UnsupportedFeature, 400, "unsupported_feature", "knn.speculate", "not offered",
+        kc.UnsupportedFeature, 400, "unsupported_feature", "knn.speculate", "--draft-tokens 0",
     ),
     ({"temperature": -1}, kc.InvalidParameter, 400, PARAMETER, "temperature", "got -1"),
     ({"top_p": 1.5}, kc.InvalidParameter, 400, PARAMETER, "top_p", "got 1.5"),

@@ -72,6 +72,25 @@ def test_a_server_that_drafts_says_the_same(drafting: LiveServer, live_server: L
         assert f'knnlm_retrievals_total{{decision="{name}"}} {float(count)}' in metrics
 
 
+def test_a_request_may_want_no_drafts(drafting: LiveServer, law: Datastore) -> None:
+    body = {"model": LAW, "max_tokens": 60, "temperature": 0, "ignore_eos": True}
+    prompt, knn = law.document("new-2").text[:80], {"lambda": 0.999, "temperature": 0.5}
+    wanted, unwanted = (
+        drafting.complete(prompt, knn={**knn, "speculate": speculate}, **body) for speculate in (True, False)
+    )
+    assert wanted["usage"]["knn"]["drafted"] > 0
+    assert unwanted["usage"]["knn"]["drafted"] == 0
+    assert wanted["choices"] == unwanted["choices"]
+
+
+def test_drafts_are_refused_where_nothing_is_generated(drafting: LiveServer) -> None:
+    for path, body in (("score", {"input": ["The tenant"]}), ("neighbors", {"input": "The tenant"})):
+        answer = drafting.post(f"/v1/{path}", {"model": LAW, "knn": {"speculate": True}, **body})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (400, "unsupported_feature", "knn.speculate")
+        assert "for completions" in error["message"]
+
+
 def test_what_streams_from_drafts_is_what_comes_whole(drafting: LiveServer, law: Datastore) -> None:
     body = {"model": LAW, "max_tokens": 60, "temperature": 0, "ignore_eos": True, "logprobs": 0}
     knn = {"lambda": 0.999, "temperature": 0.5, "trace": True}

@@ -80,7 +80,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], int, str, str | None, str]] = [
         "1 … 64",
     ),
     ({"knn": {**KNN, "gate_threshold": 0.5}}, 400, "invalid_knn_params", "knn.gate_threshold", "threshold"),
-    ({"knn": {**KNN, "speculate": True}}, 400, "unsupported_feature", "knn.speculate", "not offered"),
+    ({"knn": {**KNN, "speculate": True}}, 400, "unsupported_feature", "knn.speculate", "--draft-tokens 0"),
     ({"knn": {"datastore": []}}, 400, "invalid_parameter", "knn.datastore", "1 … 8 datastores, got 0"),
     ({"knn": {"datastore": [{"name": f"n{i}"} for i in range(9)]}}, 400, "invalid_parameter", "knn.datastore", "got 9"),
     (two({"weight": 1}, {}), 400, "invalid_knn_params", "knn.datastore", "to all datastores or to none, got 1 of 2"),

@@ -164,6 +164,7 @@ class GenerationJob:
             trace_neighbors=TRACE_NEIGHBORS if self.plan.with_trace else 0,
             attribute=self.plan.with_attribution,
             prompt_logprobs=self.plan.prompt_logprobs,
+            drafts=self.selection.drafts,
         )
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 from knnlm_core.datastore.entries import Entries
 from knnlm_core.datastore.exclusion import merge_ranges
 from knnlm_core.datastore.snapshot import Snapshot
-from knnlm_core.errors import DocumentNotFound, InvalidParameter, ModelNotFound
+from knnlm_core.errors import DocumentNotFound, InvalidParameter, ModelNotFound, UnsupportedFeature
 from knnlm_core.retrieval import MAX_SOURCES, Retrieval, Searchable, Source, with_gate, with_lambda_mode
 from knnlm_core.types import EntryRange
 from knnlm_server.api.schemas.common import MAX_EXCLUDED_DOCUMENTS, KnnBody, WeightedDatastore
@@ -28,6 +28,7 @@ class Selection:
         model: as answers name it.
         leases: one per datastore, in the order of the retrieval's sources.
         weighs_by_prompt: the retrieval's weights are only provisional: the prompt decides.
+        drafts: whether the request lets drafts be made.
     """
 
     model: str
@@ -35,6 +36,7 @@ class Selection:
     retrieval: Retrieval | None
     system_fingerprint: str
     weighs_by_prompt: bool = False
+    drafts: bool = True
 
     @property
     def labels(self) -> str:
@@ -75,8 +77,9 @@ def select(
     """
     backend = service.require()
     knn = knn if knn is not None else KnnBody()
-    knn.refuse_unsupported()
+    knn.check_gate()
     knn.check_mixture()
+    _check_drafts(backend, knn, has_prompt)
     if knn.weighs_by_prompt and not has_prompt:
         raise InvalidParameter("`knn.weights` must be given here, where there is no prompt", param="knn.weights")
     excluded = _distinct(exclude_documents or ())
@@ -103,7 +106,20 @@ def select(
         retrieval=retrieval,
         system_fingerprint=f"{fingerprint}-{STORE_SEPARATOR.join(lease.label for lease in leases)}",
         weighs_by_prompt=knn.weighs_by_prompt and len(leases) > 1,
+        drafts=knn.speculate is not False,
     )
+
+
+def _check_drafts(backend: Backend, knn: KnnBody, has_prompt: bool) -> None:
+    if not knn.speculate:
+        return
+    if not has_prompt:
+        raise UnsupportedFeature("`knn.speculate` is for completions: here nothing is generated", param="knn.speculate")
+    if not backend.engine.config.draft_tokens:
+        raise UnsupportedFeature(
+            "`knn.speculate` needs a server that drafts, and this one was started with --draft-tokens 0",
+            param="knn.speculate",
+        )
 
 
 def check_model(backend: Backend, model: str | None) -> None:

@@ -83,7 +83,7 @@ class CompletionRequest:
         num_cached: prompt tokens that the prefix cache spared.
         timeline: when it was where.
         prompt_walks: of a prompt that is scored; they begin where it begins and end with it.
-        drafts: whether drafts are read for it; false once a datastore of it could not be read for them.
+        drafts: whether drafts are read for it; false where it wants none, or one could not be read.
     """
 
     request_id: str

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from knnlm_core.errors import InvalidKnnParams, InvalidParameter, UnsupportedFeature
+from knnlm_core.errors import InvalidKnnParams, InvalidParameter
 from knnlm_core.knn.fusion import Fusion
 from knnlm_core.knn.gates import MAX_PERIOD, GateMode
 from knnlm_core.knn.lambdas import LambdaMode, parse_lambda_mode
@@ -148,8 +148,10 @@ class KnnBody(ClosedBody):
         "less than this probability. automaton: search where fewer entries can be followed (1). learned: search where "
         "that is expected to gain more than so many nats (as calibrated).",
     )
-    speculate: Annotated[bool, shown(const=False)] | None = Field(
-        default=None, description="Draft from the datastore; not offered by this build."
+    speculate: bool | None = Field(
+        default=None,
+        description="Draft from the datastore, in completions of servers that draft at all; the answer is the same. "
+        "Drafts are made where they pay unless this is false.",
     )
     trace: Off = Field(default=False, description="Report per token how its probability came about.")
     attribution: Off = Field(
@@ -158,10 +160,8 @@ class KnnBody(ClosedBody):
         "generated tokens get their `trace` too.",
     )
 
-    def refuse_unsupported(self) -> None:
-        """Raises UnsupportedFeature for what later releases will honour."""
-        if self.speculate:
-            raise UnsupportedFeature("`knn.speculate` is not offered by this build", param="knn.speculate")
+    def check_gate(self) -> None:
+        """Raises InvalidKnnParams: a threshold of no gate."""
         if self.gate_threshold is not None and self.gate is None:
             raise InvalidKnnParams(
                 "`knn.gate_threshold` needs `knn.gate`, and this request names none", param="knn.gate_threshold"

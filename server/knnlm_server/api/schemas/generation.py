@@ -140,8 +140,6 @@ class GenerationBody(Body):
             )
         if self.stream_options is not None and not self.stream:
             raise InvalidParameter("`stream_options` needs `stream`: true", param="stream_options")
-        if self.knn is not None:
-            self.knn.refuse_unsupported()
 
     @property
     def wants_usage(self) -> bool:
