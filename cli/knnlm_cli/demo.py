@@ -179,6 +179,8 @@ def _wait(server: subprocess.Popen[bytes], url: str, prompt: str, log: Path) -> 
     quoted = body.replace("'", "'\\''")
     typer.echo(f"\nThe server listens on {url}; its log is {log}. Try:\n")
     typer.echo(f"  curl {url}/v1/completions -H 'Content-Type: application/json' -d '{quoted}'\n")
+    if find_spec("gradio") is not None:
+        typer.echo(f"or open {url}/playground in a browser: it shows where each token comes from.\n")
     typer.echo("Ctrl-C stops it.")
     try:
         server.wait()

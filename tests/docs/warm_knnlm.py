@@ -9,11 +9,16 @@ The documentation has dozens of commands; importing torch anew for each would ta
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 import signal
 import socket
 import sys
+import threading
+import traceback
+from typing import NoReturn
 
 PRELOADED = (
     "knnlm_cli.main",
@@ -38,6 +43,8 @@ def wait_for_commands(path: str) -> None:
     for name in PRELOADED:
         importlib.import_module(name)
     assert _threads() <= {"python", JEMALLOC}, f"a process with threads must not fork: {_threads()}"
+    gc.collect()
+    gc.freeze()  # what is shared stays shared
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(path)
@@ -81,9 +88,29 @@ def _handle(connection: socket.socket) -> None:
     os.environ.clear()
     os.environ.update(given["environment"])
     sys.argv = ["knnlm", *given["arguments"]]
+    _run_and_end()
+
+
+def _run_and_end() -> NoReturn:
+    """What the console script does, ended as multiprocessing ends its forks.
+
+    Taking the interpreter apart would copy every page that it shares, which takes longer than most commands.
+    """
     from knnlm_cli.main import main
 
-    main()
+    status = 0
+    try:
+        main()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def call(path: str, arguments: list[str]) -> int:
