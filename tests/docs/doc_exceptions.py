@@ -28,6 +28,7 @@ NOT_RUN = (
     NotRun("*", ". .venv/bin/activate", "the test's environment is active"),
     NotRun("docs/tutorial.md", "from pathlib import Path", "writes half a megabyte, which takes minutes to build from"),
     NotRun("docs/runtimes.md", "knnlm serve --model SmolLM2-135M-Instruct.Q4_1.gguf", "needs llama.cpp, compiled"),
+    NotRun("docs/runtimes.md", "knnlm serve --model ./models/lm --compile-steps", "compiles C++ for a minute"),
     NotRun("docs/observability.md", "knnlm serve …", "a synopsis: … stands for what else is given"),
     NotRun("*", "lm_eval ", "tests/server/contract/test_lm_eval.py runs these tasks, against a server and in float64"),
     NotRun("*", "guidellm ", "tests/server/contract/test_guidellm.py runs it"),

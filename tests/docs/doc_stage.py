@@ -172,7 +172,12 @@ class PageShell:
         pid = int(self._ask(f"(. {script}) </dev/null >{out} 2>{err} & echo $! >&{self._tell}"))
         ready = "/" if is_page else "/ready"
         server = self._servers[port] = Running(pid, f"http://127.0.0.1:{self._port(port)}", err)
-        _await(f"{server.url}{ready}", server)
+        try:
+            _await(f"{server.url}{ready}", server)
+        except AssertionError:
+            if not _runs(pid):
+                del self._servers[port]
+            raise
 
     def stop(self, port: str) -> None:
         """Stop a server as a service manager does; it must end well."""

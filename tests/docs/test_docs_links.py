@@ -128,12 +128,6 @@ def test_every_setting_of_the_server_is_on_the_page_of_settings() -> None:
     } == set()
 
 
-def test_every_figure_file_is_one_of_a_benchmark() -> None:
-    drawn = {link for text in PAGES.values() for link in links(text) if link.endswith(".png")}
-    assert drawn
-    assert all(Path(link).parent.parts[-2:] == ("benchmarks", "results") for link in drawn)
-
-
 @pytest.mark.parametrize(
     ("heading", "anchor"),
     [

@@ -14,22 +14,34 @@ from typing import Self
 from knnlm_client import Client
 
 PATIENCE_S = 90.0
+# A tiny LM is done before anybody has pressed a button: `knnlm` with passes that take 20 ms longer.
+_SLOWED = """
+import time
+from knnlm_core.lm.huggingface import HuggingFaceLM
+forward = HuggingFaceLM.forward
+HuggingFaceLM.forward = lambda self, batch: (time.sleep(0.02), forward(self, batch))[1]
+from knnlm_cli.main import main
+main()
+"""
 
 
 class ServerProcess:
     """Starts on entering and is ready then; told to stop on leaving, which must not take long.
 
-    Args:   arguments: of the command, besides the port.
+    Args:
+        arguments: of the command, besides the port.
+        slowed: every pass of the LM takes 20 ms longer.
     """
 
-    def __init__(self, log: Path, *arguments: str) -> None:
+    def __init__(self, log: Path, *arguments: str, slowed: bool = False) -> None:
         self._log = log
+        self._start = ["-c", _SLOWED] if slowed else ["-m", "knnlm_cli"]
         self._arguments = arguments
 
     def __enter__(self) -> Self:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("KNNLM_")}
         environment["OMP_NUM_THREADS"] = "1"
-        command = [sys.executable, "-m", "knnlm_cli", "serve", "--port", "0", "--log-level", "debug", *self._arguments]
+        command = [sys.executable, *self._start, "serve", "--port", "0", "--log-level", "debug", *self._arguments]
         with self._log.open("wb") as stderr:
             self._process = subprocess.Popen(command, stderr=stderr, env=environment)
         self.url = self._wait_for(r"knnlm listens on (http://\S+)")

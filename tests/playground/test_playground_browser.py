@@ -321,8 +321,15 @@ def test_visitors_do_not_see_each_other(visit: Callable[..., Visit]) -> None:
     expect(second.panel).to_contain_text("Choose a token")
 
 
-def test_stop_ends_the_work_of_the_server(visit: Callable[..., Visit], server: ServerProcess) -> None:
-    page = visit()
+def test_stop_ends_the_work_of_the_server(
+    visit: Callable[..., Visit], stores: Stores, root: Path, tmp_path: Path
+) -> None:
+    options = ("--model", str(stores.model), "--datastores", str(root))
+    with ServerProcess(tmp_path / "log", *options, slowed=True) as server:
+        _stop(visit(server.url), server)
+
+
+def _stop(page: Visit, server: ServerProcess) -> None:
     page.page.get_by_text("Sampling and retrieval").click()
     page.page.get_by_label("number input for Most tokens").fill("1024")
     page.page.locator("#knnlm-prompt textarea").fill(PROMPT)

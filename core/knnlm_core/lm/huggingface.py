@@ -10,7 +10,7 @@ from torch import Tensor
 
 from knnlm_core.errors import InvalidParameter, UnsupportedModel
 from knnlm_core.lm.attention import use_shared_heads
-from knnlm_core.lm.compiled import CompiledSteps, CompileOptions, StepParts
+from knnlm_core.lm.compiled import CompiledSteps, CompileOptions
 from knnlm_core.lm.fingerprint import model_fingerprint
 from knnlm_core.lm.head import OutputHead
 from knnlm_core.lm.int8 import INT8, Weights, use_int8_weights
@@ -21,6 +21,7 @@ from knnlm_core.lm.probe import check_adapter, check_step, rows_of_step
 from knnlm_core.lm.protocol import Rows, SequenceId, Span
 from knnlm_core.lm.sequences import Sequences, choose_max_length
 from knnlm_core.lm.slot_cache import SlotCache
+from knnlm_core.lm.step_graph import StepParts
 from knnlm_core.lm.tokenizer import Tokenizer
 from knnlm_core.types import LMIdentity
 

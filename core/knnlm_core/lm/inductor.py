@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from knnlm_core.errors import InvalidParameter, KnnlmError, ModelLoadError, UnsupportedModel
 from knnlm_core.lm.checkpoint import first_line
+
+logger = logging.getLogger(__name__)
 
 _FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 _REMEDY = "install one with Python's headers (Debian, Ubuntu: apt-get install g++ python3-dev), or name it in CXX"
@@ -65,8 +68,9 @@ def compile_graph(module: nn.Module, inputs: tuple[Tensor, ...], folder: Path) -
                 graph, list(inputs), dynamic_shapes="from_example_inputs", donate_graph_module=True
             )
         except Exception as error:
+            logger.error("compiling failed error=%s", error)  # with all that the compiler says
             raise ModelLoadError(
-                f"compiling a step failed: {first_line(error)}. It needs a C++ compiler; {_REMEDY}",
+                f"compiling a step failed: {first_line(error)}; the log has more. It needs a C++ compiler; {_REMEDY}",
                 param="compile_steps",
             ) from error
     return compiled
