@@ -24,6 +24,7 @@ CONTEXT = {
     r"|must hold 1 … \d+ (prompts|texts)",
     "names no datastore": r"needs? a datastore, and this request names none",
     "names two datastores": r"`model` names datastore .* they must agree",
+    "drafts where there are none": r"`knn.speculate` (is for completions|needs a server that drafts)",
     "gate that has no effect": r"`knn.gate` must be always here",
     "gate that there is not, or not with these": r"`knn.gate` learned (needs a gate|holds for the calibrated)",
     "rule for λ that there is not, or not with these": r"`knn.lambda_mode` must be (one that|fixed where)"

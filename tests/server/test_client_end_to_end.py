@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,7 @@ from knnlm_core.datastore import layout
 from knnlm_core.lm.huggingface import HuggingFaceLM
 from knnlm_server.engine import engine as engine_module
 from knnlm_server.settings import ServerSettings
+from knnlm_server.telemetry.logs import TextFormatter
 
 LM = "tiny-lm"
 LAW = "tiny-lm@law"
@@ -746,13 +749,17 @@ def test_a_failed_step_is_the_engines_failure(
 
 
 def test_an_unforeseen_error_is_internal(
-    caller: Caller, live_server: LiveServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    caller: Caller, live_server: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing() -> Any:
         raise RuntimeError("an inside that nobody may see")
 
+    log = io.StringIO()
+    handler = logging.StreamHandler(log)
+    handler.setFormatter(TextFormatter())
     with monkeypatch.context() as patch:
         patch.setattr(live_server.backend.registry, "statuses", failing)
+        patch.setattr(logging.getLogger("knnlm_server"), "handlers", [handler])
         error = fails(
             lambda: caller.call(lambda client: client.models()),
             kc.InternalError,
@@ -762,5 +769,7 @@ def test_an_unforeseen_error_is_internal(
             "internal",
         )
     assert "inside" not in str(error)
-    assert str(error.request_id) in caplog.text  # so that the log tells what the answer does not
+    told = next(line for line in log.getvalue().splitlines() if "unexpected error" in line)
+    assert str(error.request_id) in told  # so that the log tells what the answer does not
+    assert "an inside that nobody may see" in log.getvalue()
     assert caller.call(lambda client: client.models())

@@ -147,7 +147,10 @@ def _load(model: str, dtype: torch.dtype) -> tuple[Any, Any]:
 def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     what = "model"
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        # Other formats would be unpickled.
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, use_safetensors=True
+        )
         check_complete(source, info)
         what = "tokenizer of model"
         return model, AutoTokenizer.from_pretrained(source)

@@ -6,6 +6,7 @@ import hashlib
 import hmac
 from collections.abc import Callable
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 from fastapi.openapi.models import HTTPBearer
@@ -15,7 +16,7 @@ from starlette.types import Scope
 
 from knnlm_core.errors import Forbidden, Unauthorized
 from knnlm_server.api.state import service
-from knnlm_server.settings import ServerSettings
+from knnlm_server.settings import LOOPBACK, ServerSettings
 
 
 class BearerScheme(SecurityBase):
@@ -51,6 +52,7 @@ def require_admin(request: Request, _: Annotated[None, Depends(ADMIN_KEY)] = Non
             raise Forbidden(
                 f"changing datastores is off: the server listens on {settings.host} and has no admin key (--admin-key)"
             )
+        _refuse_other_pages(request)
         require_key(request)
         return
     authorization = authorization_of(request.scope)
@@ -58,6 +60,16 @@ def require_admin(request: Request, _: Annotated[None, Depends(ADMIN_KEY)] = Non
         raise Unauthorized("changing datastores needs the admin key, once: Authorization: Bearer <key>")
     if not _matches(authorization, settings.admin_key):
         raise Forbidden("this key may not change datastores; the admin key is needed")
+
+
+def _refuse_other_pages(request: Request) -> None:
+    """A browser asks for any page that is open in it, and says which. Raises Forbidden: it is not one of this server."""
+    own = {f"{scheme}://{request.headers.get('host')}" for scheme in ("http", "https")}
+    for origin in request.headers.getlist("origin"):
+        if origin not in own or urlsplit(origin).hostname not in LOOPBACK:
+            raise Forbidden(
+                f"the page of {origin!r} may not change datastores of a server that has no admin key (--admin-key)"
+            )
 
 
 def authorization_of(scope: Scope) -> str | None:

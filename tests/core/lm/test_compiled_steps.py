@@ -27,6 +27,8 @@ CAPACITY, SLOTS = 256, 4
 TOLERANCE = 1e-5  # hidden states and keys of the tiny models are of the order of one
 SHAPES = {"llama": ("1x1", "2x4"), "gpt2": ("1x1",), "qwen2-sliding": ("1x1",)}  # the last: two kinds of masks
 
+pytestmark = pytest.mark.timeout(900)  # a compiler on a machine that is shared
+
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler is installed"
 )
