@@ -63,7 +63,7 @@ def require_admin(request: Request, _: Annotated[None, Depends(ADMIN_KEY)] = Non
 
 
 def _refuse_other_pages(request: Request) -> None:
-    """A browser asks for any page that is open in it, and says which. Raises Forbidden: it is not one of this server."""
+    """A browser asks for any page that is open in it, and says which. Raises Forbidden: not one of this server."""
     own = {f"{scheme}://{request.headers.get('host')}" for scheme in ("http", "https")}
     for origin in request.headers.getlist("origin"):
         if origin not in own or urlsplit(origin).hostname not in LOOPBACK:
