@@ -78,20 +78,22 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         starting = asyncio.create_task(_start(state, on_failure))
-        async with opened(pages):
-            yield
-        state.closing = True
-        starting.cancel()
-        with suppress(asyncio.CancelledError):
-            await starting
-        if state.backend is not None:
-            # A thread of its own: those of asyncio may all be busy.
-            with ThreadPoolExecutor(1, "stop") as own:
-                stopping = asyncio.get_running_loop().run_in_executor(
-                    own, _stop, state.backend, settings.drain_timeout_s
-                )
-                await stopping
-        await asyncio.to_thread(spans.close)
+        try:
+            async with opened(pages):
+                yield
+        finally:
+            state.closing = True
+            starting.cancel()
+            with suppress(asyncio.CancelledError):
+                await starting
+            if state.backend is not None:
+                # A thread of its own: those of asyncio may all be busy.
+                with ThreadPoolExecutor(1, "stop") as own:
+                    stopping = asyncio.get_running_loop().run_in_executor(
+                        own, _stop, state.backend, settings.drain_timeout_s
+                    )
+                    await stopping
+            await asyncio.to_thread(spans.close)
 
     # A path with a slash too many is unknown, not redirected: behind a proxy the redirect's address would be wrong.
     app = DocumentedApp(

@@ -43,6 +43,7 @@ def run_server(settings: ServerSettings) -> None:
     config = uvicorn.Config(
         app,
         log_config=None,
+        ws="none",
         access_log=False,
         timeout_graceful_shutdown=int(settings.drain_timeout_s) + 1,
         h11_max_incomplete_event_size=_MAX_HEAD_BYTES,

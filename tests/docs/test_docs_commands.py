@@ -182,4 +182,6 @@ def test_the_parser_finds_statements_whole_and_nothing_else() -> None:
 
 def test_the_programs_that_are_run_are_told_from_outputs() -> None:
     assert list(commands("    a  b\n    c\n")) == []
-    assert isinstance(next(commands("    curl x\n")), Command)
+    command = next(commands("    curl x\n"))
+    assert isinstance(command, Command)
+    assert command.program == "curl"

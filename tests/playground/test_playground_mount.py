@@ -166,11 +166,20 @@ def test_whatever_else_gradio_offers_is_not_there(method: str, path: str) -> Non
         ({"origin": "http://127.0.0.1:9999"}, 403),
         ({"origin": "https://example.org"}, 403),
         ({"origin": "null"}, 403),
+        ({"host": "localhost:8000", "origin": "http://localhost:8000"}, 200),
+        ({"host": "[::1]:8000", "sec_fetch_site": "same-origin"}, 200),
+        # A name of another site's that leads here.
+        ({"host": "example.org:8000", "origin": "http://example.org:8000"}, 403),
+        ({"host": "example.org:8000", "sec_fetch_site": "same-origin"}, 403),
     ],
 )
 def test_other_sites_cannot_act_through_the_page(headers: dict[str, str], status: int) -> None:
     answer = asyncio.run(answer_of("POST", "/gradio_api/queue/join", **headers))
     assert answer.status_code == status
+
+
+def test_pages_that_are_reached_by_another_name_are_not_shown() -> None:
+    assert asyncio.run(answer_of("GET", "/", host="example.org:8000")).status_code == 403
 
 
 def test_other_sites_cannot_read_the_page() -> None:

@@ -6,8 +6,6 @@ from typing import Annotated
 
 import typer
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
 
 def playground(
     url: Annotated[str, typer.Option("--url", help="Address of the knnlm server.")] = "http://127.0.0.1:8000",
@@ -39,6 +37,7 @@ def playground(
         knnlm playground --url http://127.0.0.1:8000
         knnlm playground --url https://knnlm.example.org --port 7861 --no-changes
     """
+    from knnlm_playground.guard import LOOPBACK
     from knnlm_playground.run import run_page  # gradio takes seconds to import
 
     run_page(url, api_key, host, port, allows_changes=host in LOOPBACK if changes is None else changes)

@@ -40,7 +40,9 @@ async def complete(client: AsyncClient, wish: Wish, pair: Pair) -> AsyncGenerato
         running.add(asyncio.create_task(_follow(client, wish, wish.choice.mixed(trace=True), pair.mixed)))
     try:
         while running:
-            _, running = await asyncio.wait(running, timeout=INTERVAL_S)
+            done, running = await asyncio.wait(running, timeout=INTERVAL_S)
+            for task in done:
+                task.result()  # what nobody foresaw is not passed over
             yield pair
     finally:
         for task in running:

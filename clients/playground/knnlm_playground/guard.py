@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
@@ -37,6 +37,7 @@ _POLICY = "; ".join(
         "frame-ancestors 'self'",
     )
 )
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _HEADERS = (
     (b"content-security-policy", _POLICY.encode()),
     (b"referrer-policy", b"no-referrer"),
@@ -99,9 +100,17 @@ def _refusal(scope: Scope) -> PlainTextResponse | None:
     allowed = _OPEN.get(scope["method"])
     if allowed is None or not allowed.fullmatch(path):
         return PlainTextResponse("not found", 404)
+    if not _is_called_by_its_name(scope):
+        return PlainTextResponse("open this page at localhost: another name for it may be another site's", 403)
     if scope["method"] == "POST" and not _is_own(Headers(scope=scope)):
         return PlainTextResponse("this page takes no requests from other sites", 403)
     return None
+
+
+def _is_called_by_its_name(scope: Scope) -> bool:
+    """Whether a visit to loopback says so: a site may let a name of its own lead here, and be of this origin then."""
+    host = Headers(scope=scope).get("host", "")
+    return scope["server"][0] not in LOOPBACK or _split(f"//{host}").hostname in LOOPBACK
 
 
 def _is_own(headers: Headers) -> bool:
@@ -111,7 +120,14 @@ def _is_own(headers: Headers) -> bool:
         return site in ("same-origin", "none")
     # Browsers leave the field out for addresses that are neither loopback nor https.
     origin = headers.get("origin")
-    return origin is None or urlsplit(origin).netloc == headers.get("host")
+    return origin is None or _split(origin).netloc == headers.get("host")
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:  # brackets that do not match
+        return urlsplit("")
 
 
 class _Answer:

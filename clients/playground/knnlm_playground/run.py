@@ -23,6 +23,7 @@ def run_page(url: str, api_key: str | None, host: str, port: int, *, allows_chan
         if find_spec(name) is None:
             raise typer.BadParameter(f"the page needs {name}, which is not installed ({where})")
 
+    from knnlm_playground.guard import LOOPBACK
     from knnlm_playground.server import Keys, Server
 
     server = Server(url, api_key=api_key, allows_changes=allows_changes)
@@ -30,6 +31,10 @@ def run_page(url: str, api_key: str | None, host: str, port: int, *, allows_chan
         asyncio.run(server.connect(Keys()).aclose())
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    if api_key is not None and "," in api_key:
+        raise typer.BadParameter("--api-key must be one key, and this one holds a comma: a server's list of keys?")
+    if api_key is not None and host not in LOOPBACK:
+        print(f"whoever reaches {host} uses the API key that was given", file=sys.stderr)
     sock = _listen(host, port)
 
     from knnlm_playground.guard import Guard

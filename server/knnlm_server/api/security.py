@@ -64,9 +64,13 @@ def require_admin(request: Request, _: Annotated[None, Depends(ADMIN_KEY)] = Non
 
 def _refuse_other_pages(request: Request) -> None:
     """A browser asks for any page that is open in it, and says which. Raises Forbidden: not one of this server."""
-    own = {f"{scheme}://{request.headers.get('host')}" for scheme in ("http", "https")}
+    host = request.headers.get("host", "")
+    try:
+        is_here = urlsplit(f"//{host}").hostname in LOOPBACK
+    except ValueError:  # brackets that do not match
+        is_here = False
     for origin in request.headers.getlist("origin"):
-        if origin not in own or urlsplit(origin).hostname not in LOOPBACK:
+        if not is_here or origin not in (f"http://{host}", f"https://{host}"):
             raise Forbidden(
                 f"the page of {origin!r} may not change datastores of a server that has no admin key (--admin-key)"
             )
