@@ -110,7 +110,8 @@ ROWS: dict[str, list[Panel]] = {
                 Curve(rate("knnlm_requests_total", "outcome", 'outcome!="finished"'), "ended: {{outcome}}"),
             ],
         ),
-        Panel("HTTP requests", "s", quantiles("knnlm_http_request_seconds", 0.5, 0.95)),
+        # Streams of the page last as long as a tab is open.
+        Panel("API requests", "s", quantiles("knnlm_http_request_seconds", 0.5, 0.95, where='route=~"/v1/.+"')),
         Panel(
             "Engine requests from submission to end",
             "s",
