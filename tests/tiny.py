@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from knnlm_core.lm.random_lm import train_tokenizer
 
 VOCAB = 512
 _COMMON: dict[str, Any] = {
@@ -73,17 +73,7 @@ TEXT = (
 
 def tiny_tokenizer(vocab_size: int = VOCAB) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on a few lines; every text is encodable."""
-    raw = RawTokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    raw.train_from_iterator([TEXT] * 4, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>", pad_token="<|end|>")
+    return train_tokenizer([TEXT] * 4, vocab_size)
 
 
 def save_tiny(folder: Path, family: str = "llama", seed: int = 0) -> Path:

@@ -5,6 +5,7 @@ It knows nothing, but it is a real one: a Llama of two layers and a byte-level t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def save_random_lm(folder: Path, text: str, *, seed: int = 0) -> Path:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     config.save_pretrained(folder)
     save_file(model.state_dict(), folder / _WEIGHTS, metadata={"format": "pt"})
-    _tokenizer(text).save_pretrained(folder)
+    train_tokenizer([text], _VOCAB).save_pretrained(folder)
     return folder
 
 
@@ -69,15 +70,16 @@ class ReferenceLM:
         return torch.log_softmax(logits, dim=1), seen[0][0]
 
 
-def _tokenizer(text: str) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on some texts; every text is encodable."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=_VOCAB,
+        vocab_size=vocab_size,
         special_tokens=[_END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    raw.train_from_iterator([text], trainer)
+    raw.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=_END, pad_token=_END)
